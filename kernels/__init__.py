@@ -1,0 +1,1 @@
+"""Triton kernels of vlp_fast, imported as `vlp_fast.kernels`; nothing is imported here."""

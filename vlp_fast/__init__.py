@@ -1,0 +1,6 @@
+"""Fast vision-language pretraining: packed rows, attention plans, Triton kernels, and BLIP, CoCa and BEiT-3 built from them."""
+
+from vlp_fast._version import __version__
+from vlp_fast.segments import AttentionPlan, Segments
+
+__all__ = ["AttentionPlan", "Segments", "__version__"]

@@ -1,0 +1,140 @@
+"""The specification: every operation of the library in plain PyTorch, readable, differentiable, and exact in float64.
+
+Kernels and fast backends are tested against this file. Nothing here is fast, and nothing here knows how others compute it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vlp_fast.segments import AttentionPlan
+
+__all__ = ["attention", "dropout_keep", "multiway_layer_norm", "multiway_linear"]
+
+_MASK32 = 0xFFFFFFFF
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the keys that each query segment's edges name.
+
+    Args:
+        q: ``[rows_q, num_heads, head_dim]``. k, v: ``[rows_k, num_heads_k, head_dim]``; `num_heads_k` divides `num_heads`, and
+            query head h reads key head ``h * num_heads_k // num_heads``.
+        plan: the graph; causal edges are aligned to the bottom right.
+        softmax_scale: default ``head_dim ** -0.5``.
+        dropout_p: probability with which a weight is set to 0; the rest is divided by ``1 - dropout_p``.
+        seed: int64 ``[1]``; with `dropout_keep` it decides which weights are kept.
+        return_lse: also return the log of the sum of exponentials (before dropout), natural logarithm.
+
+    Returns:
+        out ``[rows_q, num_heads, head_dim]``, and lse ``[num_heads, rows_q]`` if asked for. A row that reads no key gives zeros
+        and -inf.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out_parts, lse_parts = [], []
+    edge_offsets, edge_key, edge_causal = (t.tolist() for t in (plan.edge_offsets, plan.edge_key, plan.edge_causal))
+    key_starts = plan.key.host_offsets.tolist()
+    for segment, length in enumerate(plan.query.lengths):
+        first = int(plan.query.host_offsets[segment])
+        rows = torch.arange(first, first + length, device=q.device)
+        columns, visible = [], []
+        for edge in range(edge_offsets[segment], edge_offsets[segment + 1]):
+            j = edge_key[edge]
+            keys = torch.arange(key_starts[j], key_starts[j + 1], device=q.device)
+            last = (
+                torch.arange(length, device=q.device) + len(keys) - length
+                if edge_causal[edge]
+                else rows.new_full((length,), len(keys))
+            )
+            columns.append(keys)
+            visible.append(torch.arange(len(keys), device=q.device)[None, :] <= last[:, None])
+        column = torch.cat(columns) if columns else rows.new_zeros(0)
+        mask = torch.cat(visible, 1) if visible else torch.zeros(length, 0, dtype=torch.bool, device=q.device)
+        k_heads = k[column].repeat_interleave(group, 1)  # [keys, heads, head_dim]
+        v_heads = v[column].repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k_heads) * scale
+        scores = scores.masked_fill(~mask, -math.inf)
+        none = ~mask.any(1)  # rows that read no key
+        lse = torch.logsumexp(scores, -1) if column.numel() else scores.new_full((heads, length), -math.inf)
+        weights = torch.exp(scores - lse.masked_fill(none, 0.0)[..., None])
+        if dropout_p > 0.0:
+            assert seed is not None
+            keep = torch.stack([dropout_keep(seed, head, rows, column, dropout_p) for head in range(heads)])
+            weights = weights * keep / (1.0 - dropout_p)
+        out_parts.append(torch.einsum("hqk,khd->qhd", weights, v_heads))
+        lse_parts.append(lse)
+    out = torch.cat(out_parts) if out_parts else torch.zeros_like(q)
+    if not return_lse:
+        return out
+    return out, torch.cat(lse_parts, 1) if lse_parts else q.new_zeros(heads, 0)
+
+
+def dropout_keep(seed: Tensor, head: int | Tensor, query_rows: Tensor, key_rows: Tensor, dropout_p: float) -> Tensor:
+    """Which attention weights are kept: bool ``[..., query rows, key rows]``, a function of (seed, head, query row, key row) only.
+
+    Every weight gets 32 bits by hashing: ``mix(hash(seed, head, query row) ^ hash(key row))`` with murmur3's 32-bit finaliser
+    `mix`; it is kept when they are at least ``dropout_p * 2**32``. So the mask is the same in the forward, in the backward and for
+    every tile size.
+
+    Args:
+        seed: int64 ``[1]``. head: a head, or int64 ``[heads, 1, 1]``. query_rows, key_rows: int64 packed rows, 1-D.
+    """
+    low, high = seed.reshape(()) & _MASK32, (seed.reshape(()) >> 32) & _MASK32
+    per_head = _mix32(
+        _mix32(low ^ 0x9E3779B9) ^ high ^ ((torch.as_tensor(head, device=query_rows.device) * 0x85EBCA77) & _MASK32)
+    )
+    per_query = _mix32(per_head ^ query_rows[:, None])
+    per_key = _mix32(key_rows ^ 0xC2B2AE3D)
+    return _mix32(per_query ^ per_key) >= int(dropout_p * 2**32)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """murmur3's 32-bit finaliser on uint32 values held in int64."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
+def multiway_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: tuple[int, ...]) -> Tensor:
+    """Rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]`` of `x` times the transpose of ``weight[e]``, plus ``bias[e]``.
+
+    Args:
+        x: ``[rows, in]``. weight: ``[num_experts, out, in]``. bias: ``[num_experts, out]`` or None.
+        expert_offsets: ``num_experts + 1`` whole numbers from 0 to rows.
+
+    Returns:
+        ``[rows, out]``.
+    """
+    parts = []
+    for e, (a, b) in enumerate(zip(expert_offsets[:-1], expert_offsets[1:], strict=True)):
+        y = x[a:b] @ weight[e].T
+        parts.append(y if bias is None else y + bias[e])
+    return torch.cat(parts)
+
+
+def multiway_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, expert_offsets: tuple[int, ...], eps: float) -> Tensor:
+    """LayerNorm over the last dimension with the scale and shift of each row's expert.
+
+    Args:
+        x: ``[rows, dim]``. weight, bias: ``[num_experts, dim]``. expert_offsets: as in `multiway_linear`. eps: added to the variance.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    normal = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    parts = []
+    for e, (a, b) in enumerate(zip(expert_offsets[:-1], expert_offsets[1:], strict=True)):
+        parts.append(normal[a:b] * weight[e] + bias[e])
+    return torch.cat(parts)
