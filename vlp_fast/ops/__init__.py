@@ -1,0 +1,16 @@
+"""Operations on packed rows: each checks its arguments, chooses a backend and runs a registered torch op."""
+
+from vlp_fast.ops._backends import BACKENDS, BackendStatus, backend_status, choose_backend, default_backend
+from vlp_fast.ops.attention import attention
+from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
+
+__all__ = [
+    "BACKENDS",
+    "BackendStatus",
+    "attention",
+    "backend_status",
+    "choose_backend",
+    "default_backend",
+    "multiway_layer_norm",
+    "multiway_linear",
+]

@@ -1,0 +1,101 @@
+"""The torch backend of attention: scaled_dot_product_attention over the plan's padded groups, traceable by torch.compile."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlp_fast.padding import PaddedBucket, padded_plan
+from vlp_fast.segments import AttentionPlan
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The torch twin of `vlp_fast.reference.attention`, on arguments already checked."""
+    padded = padded_plan(plan)
+    outs, lses = [], []
+    for bucket in padded.buckets:
+        qb = _pack(q, bucket.query_rows, bucket.query_start, bucket.groups, bucket.seqlen_q)
+        kb = _pack(k, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
+        vb = _pack(v, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
+        if dropout_p > 0.0 or return_lse:
+            out, lse = _explicit(qb, kb, vb, bucket, scale, dropout_p, seed)
+            lses.append(lse.transpose(0, 1).reshape(q.shape[1], -1))  # [heads, slots]
+        else:
+            out = F.scaled_dot_product_attention(
+                qb, kb, vb, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], q.shape[2]))  # [slots, heads, head_dim]
+    if padded.slots is None:
+        return (outs[0], lses[0]) if return_lse else outs[0]
+    out = torch.cat([*outs, q.new_zeros(1, q.shape[1], q.shape[2])]).index_select(0, padded.slots)
+    if not return_lse:
+        return out
+    lse = torch.cat([*lses, torch.full((q.shape[1], 1), -math.inf, dtype=_statistics(q), device=q.device)], 1)
+    return out, lse.index_select(1, padded.slots)
+
+
+def _pack(x: Tensor, rows: Tensor, start: int, groups: int, length: int) -> Tensor:
+    """``[rows, heads, head_dim]`` -> ``[groups, heads, length, head_dim]``, a view where the rows are consecutive."""
+    picked = x.narrow(0, start, groups * length) if start >= 0 else x.index_select(0, rows)
+    return picked.unflatten(0, (groups, length)).transpose(1, 2)
+
+
+def _statistics(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, bucket: PaddedBucket, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores in memory: for dropout with a mask of our own, and for the log-sum-exp, neither of which SDPA offers."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)).to(_statistics(q)) * scale  # [groups, heads, seqlen_q, seqlen_k]
+    mask = bucket.mask
+    if bucket.causal:
+        mask = torch.ones(bucket.seqlen_q, bucket.seqlen_k, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    if dropout_p > 0.0:
+        assert seed is not None
+        weights = weights * _keep(seed, bucket, q.shape[1], dropout_p) * (1.0 / (1.0 - dropout_p))
+    return weights.to(q.dtype) @ v, lse
+
+
+def _keep(seed: Tensor, bucket: PaddedBucket, heads: int, dropout_p: float) -> Tensor:
+    """`reference.dropout_keep` for every slot, bool ``[groups, heads, seqlen_q, seqlen_k]``, in int32 arithmetic that wraps."""
+    bits = seed.view(torch.int32)  # low half, high half (little-endian)
+    head = torch.arange(heads, dtype=torch.int32, device=seed.device)
+    per_head = _mix(_mix(bits[0] ^ _signed(0x9E3779B9)) ^ bits[1] ^ (head * _signed(0x85EBCA77)))
+    query_rows = bucket.query_rows.to(torch.int32).view(bucket.groups, 1, bucket.seqlen_q)
+    per_query = _mix(per_head[None, :, None] ^ query_rows)
+    per_key = _mix(bucket.key_rows.to(torch.int32).view(bucket.groups, 1, 1, bucket.seqlen_k) ^ _signed(0xC2B2AE3D))
+    hashed = _mix(per_query[..., None] ^ per_key)
+    # unsigned comparison: flipping the sign bit orders int32 as uint32
+    return (hashed ^ _signed(0x80000000)) >= _signed(int(dropout_p * 2**32) ^ 0x80000000)
+
+
+def _signed(value: int) -> int:
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x85EBCA6B)
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * _signed(0xC2B2AE35)
+    return x ^ ((x >> 16) & 0xFFFF)
