@@ -1,0 +1,212 @@
+"""BEiT-3: one encoder for images, texts and pairs, every sub-layer with a vision and a language expert.
+
+Paper: Wang et al., Image as a Foreign Language: BEiT Pretraining for All Vision and Vision-Language Tasks (2022), figure 2. This is
+the released, decoupled form: attention projections, norms and feed-forward of a row belong to its modality, and modalities meet only
+in attention. Pre-norm with sub-LN (Magneto), LayerNorm eps 1e-5, exact GELU in fp32. Rows are all images, then all texts.
+
+Dimensions: samples, N = image tokens (class token first), dim, V words, C visual codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlp_fast.models._config import check_positive, make_preset
+from vlp_fast.modules import DropPath, MultiwayAttention, MultiwayFFN, MultiwayLayerNorm, PatchEmbedding, init_transformer
+from vlp_fast.passes import PassInfo
+from vlp_fast.segments import AttentionPlan, Segments
+
+__all__ = ["BEIT3_PRESETS", "Beit3", "Beit3Config", "Beit3Encoder", "Beit3Output", "beit3_preset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beit3Config:
+    """Sizes of BEiT-3; the defaults are the base model at 224 pixels.
+
+    visual_vocab_size: codes of the visual tokenizer whose ids masked patches predict. normalize_output: the encoder's last norm.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    hidden_dim: int = 3072
+    eps: float = 1e-5
+    drop_path: float = 0.0
+    vocab_size: int = 64010
+    visual_vocab_size: int = 8192
+    max_positions: int = 1022
+    normalize_output: bool = True
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "image_size", "patch_size", "dim", "depth", "num_heads", "vocab_size", "visual_vocab_size")
+
+
+BEIT3_PRESETS = {
+    # for tests and first steps: seconds on a CPU
+    "tiny": {
+        "image_size": 64, "dim": 64, "depth": 2, "num_heads": 4, "hidden_dim": 256, "vocab_size": 1000,
+        "visual_vocab_size": 64, "max_positions": 64,
+    },
+    # beit3_base_patch16_224 of the released code
+    "base": {},
+    # beit3_large_patch16_224 of the released code
+    "large": {"dim": 1024, "depth": 24, "num_heads": 16, "hidden_dim": 4096},
+}  # fmt: skip
+
+
+def beit3_preset(size: str, **changes: object) -> Beit3Config:
+    """The named preset with some fields changed, such as ``beit3_preset("base", image_size=384)``."""
+    return make_preset(Beit3Config, BEIT3_PRESETS, size, changes)
+
+
+class Beit3Output(NamedTuple):
+    """image: ``[image rows, dim]`` with its segments. text: ``[text rows, dim]`` with its segments. One segment per sample in both."""
+
+    image: Tensor
+    image_segments: Segments
+    text: Tensor
+    text_segments: Segments
+
+
+class Beit3Layer(nn.Module):
+    """x + attention(norm(x)), x + FFN(norm(x)), each with sub-LN inside and the weights of the row's expert."""
+
+    def __init__(self, config: Beit3Config, drop_path: float) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.attention_norm = MultiwayLayerNorm(dim, eps=eps)
+        self.attention = MultiwayAttention(dim, config.num_heads, inner_eps=eps, backend=config.backend)
+        self.ffn_norm = MultiwayLayerNorm(dim, eps=eps)
+        self.ffn = MultiwayFFN(dim, config.hidden_dim, eps=eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int], samples: Tensor | None, num_samples: int
+    ) -> Tensor:
+        branch = self.attention(self.attention_norm(x, expert_offsets), plan, expert_offsets)
+        x = x + self.drop_path(branch, samples, num_samples)
+        return x + self.drop_path(self.ffn(self.ffn_norm(x, expert_offsets), expert_offsets), samples, num_samples)
+
+
+class Beit3Encoder(nn.Module):
+    """The layers, over samples of an image part and a text part of which either may be empty.
+
+    Shape: image ``[image rows, dim]``, text ``[text rows, dim]``, with the lengths of both parts of every sample -> the same shapes.
+    """
+
+    def __init__(self, config: Beit3Config) -> None:
+        super().__init__()
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.layers = nn.ModuleList(Beit3Layer(config, rate) for rate in rates)
+        self.norm = MultiwayLayerNorm(config.dim, eps=config.eps) if config.normalize_output else None
+
+    def describe(self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]) -> PassInfo:
+        """What a call processed, for a profile."""
+        rows = sum(image_lengths) + sum(text_lengths)
+        kind = "pair_encoder" if image.shape[0] and text.shape[0] else "image_encoder" if image.shape[0] else "text_encoder"
+        return PassInfo(kind, len(image_lengths), rows, rows)
+
+    def forward(
+        self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        plan = AttentionPlan.joint(image_lengths, text_lengths, image.device)
+        split = image.shape[0]
+        x = torch.cat([image, text]) if split and text.shape[0] else image if split else text
+        offsets = (0, split, split + text.shape[0])
+        samples = None
+        if self.training:
+            sample = torch.arange(len(image_lengths)).repeat(2)
+            lengths = torch.tensor([*image_lengths, *text_lengths])
+            samples = sample.repeat_interleave(lengths).to(x.device)
+        for layer in self.layers:
+            x = layer(x, plan, offsets, samples, len(image_lengths))
+        if self.norm is not None:
+            x = self.norm(x, offsets)
+        return x[:split], x[split:]
+
+
+class Beit3(nn.Module):
+    """BEiT-3 with its two prediction heads. Captions enter as packed token ids (bos, words, eos; no padding) and `Segments`."""
+
+    def __init__(self, config: Beit3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config.image_size, config.patch_size, config.dim)
+        self.num_image_tokens = self.patch_embedding.num_patches + 1
+        self.class_token = nn.Parameter(torch.zeros(config.dim))
+        self.mask_token = nn.Parameter(torch.zeros(config.dim))
+        self.image_position = nn.Parameter(torch.zeros(self.num_image_tokens, config.dim))
+        self.word = nn.Embedding(config.vocab_size, config.dim)
+        self.text_position = nn.Embedding(config.max_positions, config.dim)
+        self.encoder = Beit3Encoder(config)
+        self.visual_head = nn.Linear(config.dim, config.visual_vocab_size)
+        self.word_head = nn.Linear(config.dim, config.vocab_size)
+        self.apply(init_transformer)
+        for parameter in (self.class_token, self.mask_token, self.image_position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        _scale_sub_layers(self.encoder, math.sqrt(math.log(2 * config.depth)))
+
+    def embed_images(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``; patches where `mask` (bool ``[batch, patches]``) is True are hidden."""
+        x = self.patch_embedding(images)
+        if mask is not None:
+            if mask.shape != x.shape[:2]:
+                raise ValueError(f"mask must be [batch, patches] = {list(x.shape[:2])}; received {list(mask.shape)}.")
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.class_token.to(x.dtype).expand(len(images), 1, -1), x], 1)
+        return (x + self.image_position).flatten(0, 1)
+
+    def embed_text(self, token_ids: Tensor, segments: Segments) -> Tensor:
+        """Packed token ids -> ``[rows, dim]``; positions start anew in every caption."""
+        if segments.max_length > self.config.max_positions:
+            raise ValueError(
+                f"captions must have at most {self.config.max_positions} tokens; received one of {segments.max_length}."
+            )
+        return self.word(token_ids) + self.text_position(segments.positions())
+
+    def encode_image(self, images: Tensor, mask: Tensor | None = None) -> Beit3Output:
+        """Images alone: only the vision experts run."""
+        image = self.embed_images(images, mask)
+        return self._encode(image, [self.num_image_tokens] * len(images), image.new_zeros(0, image.shape[1]), [0] * len(images))
+
+    def encode_text(self, token_ids: Tensor, segments: Segments) -> Beit3Output:
+        """Texts alone: only the language experts run."""
+        text = self.embed_text(token_ids, segments)
+        return self._encode(text.new_zeros(0, text.shape[1]), [0] * len(segments), text, segments.lengths)
+
+    def encode_pairs(self, images: Tensor, token_ids: Tensor, segments: Segments, mask: Tensor | None = None) -> Beit3Output:
+        """Pairs: caption i and image i attend to each other.
+
+        Raises: ValueError if there is not one caption per image.
+        """
+        if len(images) != len(segments):
+            raise ValueError(
+                f"encode_pairs needs one caption per image; received {len(segments)} captions for {len(images)} images."
+            )
+        image, text = self.embed_images(images, mask), self.embed_text(token_ids, segments)
+        return self._encode(image, [self.num_image_tokens] * len(images), text, segments.lengths)
+
+    def _encode(self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]) -> Beit3Output:
+        image, text = self.encoder(image, image_lengths, text, text_lengths)
+        device = image.device
+        return Beit3Output(image, Segments(image_lengths, device), text, Segments(text_lengths, device))
+
+
+@torch.no_grad()
+def _scale_sub_layers(encoder: Beit3Encoder, gain: float) -> None:
+    """Sub-LN's initial gain on v, the output projection and the feed-forward (Wang et al., Magneto, 2022, section 3.2)."""
+    for layer in encoder.layers:
+        assert isinstance(layer, Beit3Layer)
+        value = layer.attention.qkv.weight.shape[1] // 3
+        layer.attention.qkv.weight[:, 2 * value :].mul_(gain)
+        for linear in (layer.attention.proj, layer.ffn.fc1, layer.ffn.fc2):
+            linear.weight.mul_(gain)

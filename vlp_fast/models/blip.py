@@ -1,0 +1,221 @@
+"""BLIP: an image encoder and one text tower that encodes, matches and captions.
+
+Paper: Li et al., BLIP: Bootstrapping Language-Image Pre-training (2022), figure 2. A pre-norm ViT; a BERT-base tower in post-norm
+order whose two sets of self-attention weights (encoder, decoder) share embeddings, cross-attention and MLPs; heads for contrast,
+matching and language modelling. The momentum encoders and the queue belong to pretraining (`vlp_fast.training.BlipPretraining`).
+
+Dimensions: batch images, captions packed as rows, N = image tokens (class token first), dim = text width, vision_dim, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlp_fast.models._config import check_positive, make_preset
+from vlp_fast.modules import PostNormBlock, TextEmbedding, VisionTransformer, init_transformer
+from vlp_fast.passes import PassInfo, TextPass, pack_passes, with_first_token
+from vlp_fast.segments import Segments
+
+__all__ = ["BLIP_PRESETS", "Blip", "BlipConfig", "BlipTextTower", "ENCODER", "DECODER", "ImageOutput", "blip_preset"]
+
+ENCODER, DECODER = 0, 1  # experts of the text tower's self-attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlipConfig:
+    """Sizes and constants of BLIP; the defaults are the base model at 224 pixels.
+
+    `vocab_size` counts bert-base-uncased's 30,522 words and the two that follow: [DEC] (`dec_id`) and [ENC] (`enc_id`).
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_dim: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    vision_eps: float = 1e-6
+    drop_path: float = 0.0
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    hidden_dim: int = 3072
+    text_eps: float = 1e-12
+    dropout_p: float = 0.1
+    vocab_size: int = 30524
+    max_positions: int = 512
+    pad_id: int = 0
+    dec_id: int = 30522
+    enc_id: int = 30523
+    embed_dim: int = 256
+    queue_size: int = 57600
+    momentum: float = 0.995
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "image_size", "patch_size", "vision_dim", "vision_depth", "dim", "depth", "embed_dim", "queue_size"
+        )
+        for name in ("pad_id", "dec_id", "enc_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name} must be a word of the vocabulary of {self.vocab_size}; received {getattr(self, name)}."
+                )
+
+
+BLIP_PRESETS = {
+    # for tests and first steps: seconds on a CPU
+    "tiny": {
+        "image_size": 64, "vision_dim": 64, "vision_depth": 2, "vision_heads": 4, "dim": 64, "depth": 2, "num_heads": 4,
+        "hidden_dim": 256, "embed_dim": 32, "queue_size": 256, "dropout_p": 0.0, "max_positions": 64,
+    },
+    # BLIP w/ ViT-B/16: section 4.1
+    "base": {},
+    # BLIP w/ ViT-L/16: the text tower stays BERT-base; stochastic depth 0.1 in the released code
+    "large": {"vision_dim": 1024, "vision_depth": 24, "vision_heads": 16, "drop_path": 0.1},
+}  # fmt: skip
+
+
+def blip_preset(size: str, **changes: object) -> BlipConfig:
+    """The named preset with some fields changed, such as ``blip_preset("base", image_size=384)``."""
+    return make_preset(BlipConfig, BLIP_PRESETS, size, changes)
+
+
+class ImageOutput(NamedTuple):
+    """rows: ``[batch * N, vision_dim]`` packed. segments: one image each. features: ``[batch, embed_dim]``, L2-normalised."""
+
+    rows: Tensor
+    segments: Segments
+    features: Tensor
+
+
+class BlipImageEncoder(VisionTransformer):
+    """BLIP's ViT. Shape: images ``[batch, 3, image_size, image_size]`` -> ``[batch * N, vision_dim]``."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            dim=config.vision_dim,
+            depth=config.vision_depth,
+            num_heads=config.vision_heads,
+            hidden_dim=4 * config.vision_dim,
+            eps=config.vision_eps,
+            class_token=True,
+            drop_path=config.drop_path,
+            backend=config.backend,
+        )
+
+
+class BlipTextTower(nn.Module):
+    """The mixture of encoder-decoder (MED): BERT layers with experts in self-attention and shared cross-attention.
+
+    Args:
+        config: sizes. num_experts: 2 (encoder, decoder), or 1 for a tower that only encodes. cross_attention: whether it can read images.
+
+    Shape: passes -> one ``[rows, dim]`` per pass. Passes given together run as one packed forward.
+    """
+
+    def __init__(self, config: BlipConfig, *, num_experts: int = 2, cross_attention: bool = True) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.embedding = TextEmbedding(
+            config.vocab_size,
+            config.max_positions,
+            config.dim,
+            eps=config.text_eps,
+            dropout_p=config.dropout_p,
+            padding_idx=config.pad_id,
+        )
+        self.blocks = nn.ModuleList(
+            PostNormBlock(
+                config.dim,
+                config.num_heads,
+                config.hidden_dim,
+                eps=config.text_eps,
+                context_dim=config.vision_dim if cross_attention else None,
+                num_experts=num_experts,
+                dropout_p=config.dropout_p,
+                backend=config.backend,
+            )
+            for _ in range(config.depth)
+        )
+        self.apply(init_transformer)
+
+    def forward(
+        self, passes: Sequence[TextPass], image_rows: Tensor | None = None, image_segments: Segments | None = None
+    ) -> list[Tensor]:
+        packed = pack_passes(passes, self.num_experts, image_segments)
+        context = image_rows if packed.cross_plan is not None else None
+        x = self.embedding(packed.token_ids, packed.positions)
+        for block in self.blocks:
+            x = block(x, packed.plan, packed.expert_offsets, context, packed.cross_plan)
+        return [x[a:b] for a, b in packed.bounds]
+
+    def describe(self, passes: Sequence[TextPass], *images: object) -> PassInfo:
+        """What a call processed, for a profile."""
+        roles = {"text_decoder" if p.expert == DECODER else "text_encoder" for p in passes}
+        rows = sum(p.segments.rows for p in passes)
+        return PassInfo("+".join(sorted(roles)), sum(len(p.segments) for p in passes), rows, rows)
+
+
+class Blip(nn.Module):
+    """BLIP's towers and heads.
+
+    Captions enter as packed token ids and `Segments`: [CLS] words [SEP], no padding.
+    """
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = BlipImageEncoder(config)
+        self.text_tower = BlipTextTower(config)
+        self.image_projection = nn.Linear(config.vision_dim, config.embed_dim)
+        self.text_projection = nn.Linear(config.dim, config.embed_dim)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.itm_head = nn.Linear(config.dim, 2)
+        self.lm_transform = nn.Linear(config.dim, config.dim)
+        self.lm_norm = nn.LayerNorm(config.dim, config.text_eps)
+        self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        for head in (self.image_projection, self.text_projection, self.itm_head, self.lm_transform):
+            init_transformer(head)
+
+    def encode_image(self, images: Tensor) -> ImageOutput:
+        """Images ``[batch, 3, image_size, image_size]`` -> rows, their segments, and contrastive features."""
+        rows = self.image_encoder(images)
+        segments = self.image_encoder.segments(len(images), rows.device)
+        return ImageOutput(rows, segments, project(rows, segments, self.image_projection))
+
+    def encode_text(self, token_ids: Tensor, segments: Segments) -> Tensor:
+        """Captions, without looking at an image -> contrastive features ``[captions, embed_dim]``, L2-normalised."""
+        (rows,) = self.text_tower([TextPass("itc", token_ids, segments)])
+        return project(rows, segments, self.text_projection)
+
+    def matching_pass(self, name: str, token_ids: Tensor, segments: Segments, images: Sequence[int] | Tensor) -> TextPass:
+        """The pass that asks whether caption i describes image ``images[i]``: [ENC] first, every row sees the whole caption."""
+        ids = with_first_token(token_ids, segments, self.config.enc_id)
+        return TextPass(name, ids, segments, expert=ENCODER, images=images)
+
+    def captioning_pass(self, token_ids: Tensor, segments: Segments, images: Sequence[int] | Tensor) -> TextPass:
+        """The pass that predicts caption i of image ``images[i]`` word by word: [DEC] first, causal."""
+        ids = with_first_token(token_ids, segments, self.config.dec_id)
+        return TextPass("lm", ids, segments, expert=DECODER, causal=True, images=images)
+
+    def matching_logits(self, rows: Tensor, segments: Segments) -> Tensor:
+        """Rows of a matching pass -> ``[captions, 2]``; class 1 is "matches"."""
+        return self.itm_head(rows[segments.first_rows()])
+
+    def word_logits(self, rows: Tensor) -> Tensor:
+        """Rows of a captioning pass -> ``[rows, vocab_size]``; the output words are the input embeddings."""
+        hidden = self.lm_norm(F.gelu(self.lm_transform(rows)))
+        return F.linear(hidden, self.text_tower.embedding.word.weight, self.lm_bias)
+
+
+def project(rows: Tensor, segments: Segments, projection: nn.Linear) -> Tensor:
+    """The first row of each segment, projected and L2-normalised: ``[segments, embed_dim]``."""
+    return F.normalize(projection(rows[segments.first_rows()]).float(), dim=-1)

@@ -1,0 +1,27 @@
+"""nn.Modules on packed rows: they hold parameters and call `vlp_fast.ops`; none has state that changes between calls."""
+
+from vlp_fast.modules.attention import CrossAttention, SelfAttention
+from vlp_fast.modules.blocks import PostNormBlock, PreNormBlock
+from vlp_fast.modules.embeddings import PatchEmbedding, TextEmbedding, init_transformer
+from vlp_fast.modules.feedforward import MLP, DropPath
+from vlp_fast.modules.multiway import MultiwayAttention, MultiwayFFN, MultiwayLayerNorm, MultiwayLinear
+from vlp_fast.modules.pooler import AttentionalPooler
+from vlp_fast.modules.vision_transformer import VisionTransformer
+
+__all__ = [
+    "MLP",
+    "AttentionalPooler",
+    "CrossAttention",
+    "DropPath",
+    "MultiwayAttention",
+    "MultiwayFFN",
+    "MultiwayLayerNorm",
+    "MultiwayLinear",
+    "PatchEmbedding",
+    "PostNormBlock",
+    "PreNormBlock",
+    "SelfAttention",
+    "TextEmbedding",
+    "VisionTransformer",
+    "init_transformer",
+]
