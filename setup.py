@@ -38,6 +38,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "vlp_fast",
+        "vlp_fast.cli",
         "vlp_fast.data",
         "vlp_fast.kernels",
         "vlp_fast.models",

@@ -7,7 +7,7 @@ A model's step lists its passes; a schedule only says how they are grouped. Whoe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,19 +18,47 @@ from torch import Tensor
 
 from vlp_fast.segments import AttentionPlan, Segments
 
-__all__ = ["PackedPasses", "PassInfo", "TextPass", "current_loss", "loss_scope", "pack_passes", "with_first_token"]
+__all__ = [
+    "PackedPasses",
+    "PassInfo",
+    "TextPass",
+    "current_loss",
+    "loss_scope",
+    "observe_losses",
+    "pack_passes",
+    "with_first_token",
+]
 
 _LOSS: ContextVar[str | None] = ContextVar("vlp_fast_loss", default=None)
+_OBSERVER: ContextVar[Callable[[], None] | None] = ContextVar("vlp_fast_observer", default=None)
 
 
 @contextlib.contextmanager
 def loss_scope(name: str) -> Iterator[None]:
     """What runs inside runs first of all for the loss `name`; a profile reads it, nothing else does."""
     token = _LOSS.set(name)
+    _notify()
     try:
         yield
     finally:
         _LOSS.reset(token)
+        _notify()
+
+
+@contextlib.contextmanager
+def observe_losses(changed: Callable[[], None]) -> Iterator[None]:
+    """Calls `changed` whenever a `loss_scope` is entered or left, inside this block."""
+    token = _OBSERVER.set(changed)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+def _notify() -> None:
+    changed = _OBSERVER.get()
+    if changed is not None:
+        changed()
 
 
 def current_loss() -> str | None:

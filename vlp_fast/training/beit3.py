@@ -1,0 +1,150 @@
+"""BEiT-3's pretraining step: masked data modelling on images, on texts and on pairs (section 2.2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlp_fast import losses
+from vlp_fast.data.batches import Batch
+from vlp_fast.data.masking import blockwise_mask, mask_tokens
+from vlp_fast.models.beit3 import Beit3, Beit3Config
+from vlp_fast.passes import loss_scope
+from vlp_fast.segments import Segments
+from vlp_fast.training.objective import PretrainingObjective
+
+__all__ = ["Beit3Inputs", "Beit3Pretraining", "MaskedImages", "MaskedTexts", "VisualTokenizer"]
+
+IMAGE_RATIO, TEXT_RATIO, PAIR_TEXT_RATIO = 0.4, 0.15, 0.5  # sections 2.2 and 3.1
+
+
+class VisualTokenizer(Protocol):
+    """What turns images into the ids that masked patches predict: BEiT v2's VQ-KD, or `vlp_fast.data.PatchCodebook`."""
+
+    @property
+    def num_codes(self) -> int: ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images ``[batch, 3, S, S]`` -> int64 ``[batch, patches]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """images ``[batch, 3, S, S]``; mask bool ``[batch, patches]``; rows: masked rows of the encoder's output; targets: their ids."""
+
+    images: Tensor
+    mask: Tensor
+    rows: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class MaskedTexts:
+    """token_ids int64 ``[rows]`` with some hidden; lengths of the captions; rows that are hidden; targets: what they were."""
+
+    token_ids: Tensor
+    lengths: tuple[int, ...]
+    rows: Tensor
+    targets: Tensor
+
+    def segments(self) -> Segments:
+        return Segments(self.lengths, self.token_ids.device)
+
+
+@dataclass(frozen=True)
+class Beit3Inputs:
+    """One step's three kinds of samples, each masked on its own: images alone, texts alone, pairs."""
+
+    images: MaskedImages
+    texts: MaskedTexts
+    pair_images: MaskedImages
+    pair_texts: MaskedTexts
+
+    def to(self, device: torch.device | str) -> Beit3Inputs:
+        """The inputs on `device`."""
+
+        def move(part: Any) -> Any:
+            values = {f.name: getattr(part, f.name) for f in fields(part)}
+            return replace(part, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+
+        return Beit3Inputs(*(move(getattr(self, f.name)) for f in fields(self)))
+
+
+class Beit3Pretraining(PretrainingObjective):
+    """Masked image ("mim"), text ("mlm") and pair ("mvlm") modelling; heads and losses run on masked rows only.
+
+    Args:
+        config: of the model. visual_tokenizer: gives the ids of patches; its codes must fit ``config.visual_vocab_size``.
+        mask_id, special_ids: of the text tokenizer; special tokens are never hidden. schedule: "published", three forwards.
+    """
+
+    loss_weights: ClassVar[dict[str, float]] = {"mim": 1.0, "mlm": 1.0, "mvlm": 1.0}
+
+    def __init__(
+        self,
+        config: Beit3Config,
+        visual_tokenizer: VisualTokenizer,
+        *,
+        mask_id: int,
+        special_ids: Sequence[int],
+        schedule: str = "published",
+    ) -> None:
+        super().__init__(schedule)
+        if visual_tokenizer.num_codes > config.visual_vocab_size:
+            raise ValueError(
+                f"visual_vocab_size must hold the visual tokenizer's {visual_tokenizer.num_codes} codes; "
+                f"received {config.visual_vocab_size}."
+            )
+        self.model = Beit3(config)
+        self.visual_tokenizer = visual_tokenizer
+        self.mask_id, self.special_ids = mask_id, tuple(special_ids)
+
+    def towers(self) -> dict[str, nn.Module]:
+        return {"encoder": self.model.encoder}
+
+    def prepare(self, batch: Batch, generator: torch.Generator | None = None, unpaired: Batch | None = None) -> Beit3Inputs:
+        """Masks a batch on the host: 40 % of image patches block-wise, 15 % of the words of texts, 50 % of those of pairs.
+
+        Args:
+            batch: pairs. generator: of the masks. unpaired: whose images and captions stand alone; default: the pairs' own.
+        """
+        alone = batch if unpaired is None else unpaired
+        return Beit3Inputs(
+            self._mask_images(alone.images, generator),
+            self._mask_texts(alone, TEXT_RATIO, generator),
+            self._mask_images(batch.images, generator),
+            self._mask_texts(batch, PAIR_TEXT_RATIO, generator),
+        )
+
+    def _mask_images(self, images: Tensor, generator: torch.Generator | None) -> MaskedImages:
+        grid = self.model.patch_embedding.grid
+        mask = blockwise_mask(len(images), grid, grid, IMAGE_RATIO, generator)
+        image, patch = mask.nonzero(as_tuple=True)
+        rows = image * self.model.num_image_tokens + 1 + patch  # the class token comes first
+        return MaskedImages(images, mask, rows, self.visual_tokenizer.encode(images)[image, patch])
+
+    def _mask_texts(self, batch: Batch, ratio: float, generator: torch.Generator | None) -> MaskedTexts:
+        masked = mask_tokens(batch.token_ids, batch.text_lengths, ratio, self.mask_id, self.special_ids, generator)
+        rows = masked.masked_rows
+        return MaskedTexts(masked.input_ids, tuple(batch.text_lengths), rows, batch.token_ids[rows])
+
+    def forward(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
+        """The three losses of one step: scalars "mim", "mlm", "mvlm" (the pair's image and text losses added)."""
+        model = self.model
+        with loss_scope("mim"):
+            out = model.encode_image(inputs.images.images, inputs.images.mask)
+            mim = losses.masked_prediction_loss(model.visual_head(out.image[inputs.images.rows]), inputs.images.targets)
+        with loss_scope("mlm"):
+            out = model.encode_text(inputs.texts.token_ids, inputs.texts.segments())
+            mlm = losses.masked_prediction_loss(model.word_head(out.text[inputs.texts.rows]), inputs.texts.targets)
+        with loss_scope("mvlm"):
+            image, text = inputs.pair_images, inputs.pair_texts
+            out = model.encode_pairs(image.images, text.token_ids, text.segments(), image.mask)
+            mvlm = losses.masked_prediction_loss(model.visual_head(out.image[image.rows]), image.targets)
+            mvlm = mvlm + losses.masked_prediction_loss(model.word_head(out.text[text.rows]), text.targets)
+        return {"mim": mim, "mlm": mlm, "mvlm": mvlm}

@@ -1,0 +1,169 @@
+"""BLIP's pretraining step: image-text contrast, image-text matching and captioning (section 3.2 of the paper).
+
+The passes are those of the published code: one image forward and its momentum twin, captions read alone (and by the momentum tower),
+against their own image, against hard negatives of both kinds, and causally. Captions are packed: no padding exists anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlp_fast import losses
+from vlp_fast.data.batches import Batch
+from vlp_fast.models.blip import Blip, BlipConfig, BlipImageEncoder, BlipTextTower, project
+from vlp_fast.passes import TextPass, loss_scope
+from vlp_fast.segments import Segments
+from vlp_fast.training.objective import PretrainingObjective
+
+__all__ = ["BlipMomentum", "BlipPretraining"]
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+LABEL_SMOOTHING = 0.1
+
+
+class BlipMomentum(nn.Module):
+    """Slow copies of the encoders and a queue of their features: the keys that contrast is made against.
+
+    Buffers: image_queue, text_queue ``[queue_size, embed_dim]``, L2-normalised; queue_position, where the next keys go. No parameter
+    here is trained; `update` moves them towards the model, `enqueue` replaces the oldest keys. Neither waits for the device.
+    """
+
+    def __init__(self, model: Blip) -> None:
+        super().__init__()
+        config = model.config
+        self.momentum = config.momentum
+        self.image_encoder = BlipImageEncoder(config)
+        self.text_tower = BlipTextTower(config, num_experts=1, cross_attention=False)
+        self.image_projection = nn.Linear(config.vision_dim, config.embed_dim)
+        self.text_projection = nn.Linear(config.dim, config.embed_dim)
+        self.requires_grad_(False)
+        for name in ("image_queue", "text_queue"):
+            queue = nn.functional.normalize(torch.randn(config.queue_size, config.embed_dim), dim=1)
+            self.register_buffer(name, queue)
+        self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
+        self.image_queue: Tensor
+        self.text_queue: Tensor
+        self.queue_position: Tensor
+        self.update(model, momentum=0.0)
+
+    @torch.no_grad()
+    def update(self, model: Blip, momentum: float | None = None) -> None:
+        """own = momentum * own + (1 - momentum) * model's, for every parameter, in one fused call per dtype."""
+        online = dict(model.named_parameters())
+        own: list[Tensor] = []
+        other: list[Tensor] = []
+        for name, parameter in self.named_parameters():
+            source = online[name]
+            own.append(parameter)
+            # this tower has the encoder's self-attention only: expert 0 of the model's
+            other.append(source if source.shape == parameter.shape else source[: parameter.shape[0]])
+        torch._foreach_lerp_(own, other, 1.0 - (self.momentum if momentum is None else momentum))
+
+    @torch.no_grad()
+    def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Replaces the oldest keys by these ``[batch, embed_dim]``; a batch larger than the queue keeps its last rows."""
+        size = len(self.image_queue)
+        count = min(len(image_features), size)
+        rows = (self.queue_position + torch.arange(count, device=self.queue_position.device)) % size
+        self.image_queue.index_copy_(0, rows, image_features[-count:].to(self.image_queue.dtype))
+        self.text_queue.index_copy_(0, rows, text_features[-count:].to(self.text_queue.dtype))
+        self.queue_position.copy_((self.queue_position + count) % size)
+
+
+class BlipPretraining(PretrainingObjective):
+    """ITC with momentum encoders, queue and soft targets; ITM with hard negatives; LM with label smoothing 0.1.
+
+    In a process group every rank contrasts against, and enqueues, its own pairs.
+
+    Args:
+        config: of the model. schedule: "published".
+
+    Example: ``losses = step(batch); step.total(losses).backward()``
+    """
+
+    loss_weights: ClassVar[dict[str, float]] = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
+
+    def __init__(self, config: BlipConfig, schedule: str = "published") -> None:
+        super().__init__(schedule)
+        self.model = Blip(config)
+        self.momentum = BlipMomentum(self.model)
+
+    def towers(self) -> dict[str, nn.Module]:
+        return {
+            "image_encoder": self.model.image_encoder,
+            "text_tower": self.model.text_tower,
+            "momentum_image_encoder": self.momentum.image_encoder,
+            "momentum_text_tower": self.momentum.text_tower,
+        }
+
+    def forward(self, batch: Batch, *, alpha: float = 0.4, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """The three losses of one step; updates the momentum encoders and the queue.
+
+        Args:
+            batch: images and packed captions ([CLS] words [SEP]); caption i describes image i; at least 2 pairs.
+            alpha: share of the momentum encoders' soft targets (BLIP: 0.4, reached linearly over the first two epochs).
+            negatives: (image for caption i, caption for image i), int64 ``[batch]`` each; default: drawn by similarity. The second is
+                read on the host, the one place where a step waits for the device: captions differ in length.
+
+        Returns: scalars "itc", "itm", "lm".
+        """
+        model, ids, captions = self.model, batch.token_ids, batch.segments()
+        if len(captions) != len(batch.images):
+            raise ValueError(
+                f"a step needs one caption per image; received {len(captions)} captions for {len(batch.images)} images."
+            )
+        with torch.no_grad():
+            model.temperature.clamp_(*TEMPERATURE_RANGE)
+        with loss_scope("itc"):
+            image = model.encode_image(batch.images)
+            text_features = model.encode_text(ids, captions)
+            with torch.no_grad():
+                self.momentum.update(model)
+                image_keys, text_keys = self._keys(batch)
+            sim_i2t = losses.similarities(image.features, text_keys, model.temperature)  # [batch, batch + queue]
+            sim_t2i = losses.similarities(text_features, image_keys, model.temperature)
+            with torch.no_grad():
+                soft_i2t = losses.similarities(image_keys[: len(captions)], text_keys, model.temperature)
+                soft_t2i = losses.similarities(text_keys[: len(captions)], image_keys, model.temperature)
+            itc = losses.momentum_contrastive_loss(sim_i2t, sim_t2i, soft_i2t, soft_t2i, alpha)
+            self.momentum.enqueue(image_keys[: len(captions)], text_keys[: len(captions)])
+
+        with loss_scope("itm"):
+            size = len(captions)
+            if negatives is None:
+                negatives = (losses.hard_negatives(sim_t2i[:, :size]), losses.hard_negatives(sim_i2t[:, :size]))
+            image_index, text_index = negatives
+            rows, other_captions = captions.take(text_index.tolist())  # lengths change here: the step's one host sync
+            own = torch.arange(size, device=image_index.device)
+            positive = model.matching_pass("itm_positive", ids, captions, range(size))
+            both_ids = torch.cat([ids, ids[rows]])
+            both = Segments([*captions.lengths, *other_captions.lengths], ids.device)
+            negative = model.matching_pass("itm_negative", both_ids, both, torch.cat([image_index, own]))
+            logits = [model.matching_logits(self._run(p, image.rows, image.segments), p.segments) for p in (positive, negative)]
+            itm = losses.matching_loss(torch.cat(logits), num_positive=size)
+
+        with loss_scope("lm"):
+            captioning = model.captioning_pass(ids, captions, range(size))
+            hidden = self._run(captioning, image.rows, image.segments)
+            predicts = captions.rows_before_last(1)
+            lm = losses.language_modeling_loss(
+                model.word_logits(hidden[predicts]), ids[predicts + 1], label_smoothing=LABEL_SMOOTHING
+            )
+        return {"itc": itc, "itm": itm, "lm": lm}
+
+    def _run(self, text_pass: TextPass, image_rows: Tensor, image_segments: Segments) -> Tensor:
+        (rows,) = self.model.text_tower([text_pass], image_rows, image_segments)
+        return rows
+
+    def _keys(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Momentum features of this batch, then the queue: ``[batch + queue, embed_dim]`` for images and for captions."""
+        momentum, captions = self.momentum, batch.segments()
+        rows = momentum.image_encoder(batch.images)
+        segments = momentum.image_encoder.segments(len(batch.images), rows.device)
+        image = project(rows, segments, momentum.image_projection)
+        (text_rows,) = momentum.text_tower([TextPass("itc_momentum", batch.token_ids, captions)])
+        text = project(text_rows, captions, momentum.text_projection)
+        return torch.cat([image, momentum.image_queue.to(image.dtype)]), torch.cat([text, momentum.text_queue.to(text.dtype)])

@@ -1,0 +1,53 @@
+"""CoCa's pretraining step: contrast and captioning from one forward of each tower (equations 4 to 6 of the paper)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vlp_fast import losses
+from vlp_fast.data.batches import Batch
+from vlp_fast.models.coca import Coca, CocaConfig
+from vlp_fast.passes import loss_scope
+from vlp_fast.training.objective import PretrainingObjective
+
+__all__ = ["CocaPretraining"]
+
+
+class CocaPretraining(PretrainingObjective):
+    """Contrastive loss (weight 1) on pooled features and captioning loss (weight 2) on the multimodal decoder.
+
+    In a process group every rank contrasts its own pairs.
+
+    Args:
+        config: of the model. schedule: "published".
+    """
+
+    loss_weights: ClassVar[dict[str, float]] = {"contrastive": 1.0, "caption": 2.0}
+
+    def __init__(self, config: CocaConfig, schedule: str = "published") -> None:
+        super().__init__(schedule)
+        self.model = Coca(config)
+
+    def towers(self) -> dict[str, nn.Module]:
+        model = self.model
+        return {"image_encoder": model.image_encoder, "text_encoder": model.text_encoder, "text_decoder": model.text_decoder}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The two losses of one step.
+
+        Args:
+            batch: images and packed captions (start, words, end); caption i describes image i.
+
+        Returns: scalars "contrastive", "caption".
+        """
+        model, captions = self.model, batch.segments()
+        with loss_scope("contrastive"):
+            image = model.encode_image(batch.images)
+            text = model.encode_text(batch.token_ids, captions)
+            contrastive = losses.contrastive_loss(image.features, text.features, model.logit_scale.exp())
+        with loss_scope("caption"):
+            logits, rows = model.word_logits(text, image)
+            caption = losses.language_modeling_loss(logits, batch.token_ids[rows + 1])
+        return {"contrastive": contrastive, "caption": caption}
