@@ -110,7 +110,7 @@ def row_cells(row: ProfileRow) -> list[str]:
         str(row.tokens) if tower else "",
         f"{row.padding:.0%}" if tower else "",
         *_numbers(row.gflops_forward, row.gflops_backward, row.ms, row.mb),
-        ", ".join(row.serves),
+        " ".join(row.serves),
     ]
 
 

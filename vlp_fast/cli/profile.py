@@ -8,14 +8,18 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
+from vlp_fast.cli._output import fail, output_console
 from vlp_fast.profile_page import profile_page, row_cells, total_cells
 from vlp_fast.profiling import StepProfile, profile_model
 from vlp_fast.training import MODELS, SCHEDULES, SIZES
 
 __all__ = ["profile", "profile_table"]
+
+COLUMNS = ("loss", "module", "passes", "grad", "seqs", "tokens", "pad", "GF fwd", "GF bwd", "ms", "MB", "serves")  # GF: GFLOPs
+TEXT = {"loss", "module", "serves"}
 
 
 def profile(
@@ -42,26 +46,31 @@ def profile(
         if html_file is not None:
             html_file.write_text(profile_page(result), encoding="utf-8")
     except (ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"vlp-fast profile: {error}", err=True)
-        raise typer.Exit(2) from None
-    Console().print(profile_table(result))
+        fail("profile", error, 2)
+    output_console().print(profile_table(result))
 
 
 def profile_table(result: StepProfile) -> Table:
     """The rows and totals as a rich table."""
     title = f"{result.model} {result.size}, schedule {result.schedule}, {result.batch} pairs, device {result.device}"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("loss", "module"):
-        table.add_column(name, no_wrap=True)
-    for name in ("passes", "grad", "seqs", "tokens", "pad", "GFLOP fwd", "GFLOP bwd", "ms", "MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("serves")
-    last = None
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
+    absent = {name for name, total in (("GF bwd", "gflops_backward"), ("ms", "ms")) if result.totals[total] is None}
+    shown = [name not in absent for name in COLUMNS]
+    for name in COLUMNS:
+        if name not in absent:
+            table.add_column(name, justify="left" if name in TEXT else "right", no_wrap=name != "serves", overflow="fold")
+
+    def add(cells: list[str], style: str | None = None) -> None:
+        table.add_row(*(cell for cell, keep in zip(cells, shown, strict=True) if keep), style=style)
+
+    last = result.rows[0].loss
     for row in result.rows:
-        if last is not None and row.loss != last:
+        if row.loss != last:
             table.add_section()
         last = row.loss
-        table.add_row(*row_cells(row))
+        add(row_cells(row))
     table.add_section()
-    table.add_row(*total_cells(result), style="bold")
+    add(total_cells(result), "bold")
     return table

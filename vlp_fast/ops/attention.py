@@ -66,7 +66,7 @@ def attention(
         q: ``[rows_q, num_heads, head_dim]``, packed by ``plan.query``. Strided views (of one fused qkv buffer) are not copied.
         k, v: ``[rows_k, num_heads_k, head_dim]``, packed by ``plan.key``; `num_heads_k` divides `num_heads` (multi-query: 1).
         plan: who reads whom. Causal edges are aligned to the bottom right: the last query row reads all keys.
-        softmax_scale: default ``head_dim ** -0.5``.
+        softmax_scale: above 0; default ``head_dim ** -0.5``.
         dropout_p: in [0, 1): weights set to 0; the rest is divided by ``1 - dropout_p``. The mask is drawn from torch's default
             generator (one number), is the same in forward and backward and for every backend of ours.
         backend: "triton", "torch", "xformers", "flash_attn", or None for the device's default (`vlp-fast info` tells).
@@ -87,8 +87,8 @@ def attention(
     """
     q, k, v = autocast_to_compute(q, k, v)  # type: ignore[assignment]
     name = choose_backend(backend, q.device.type)
-    _check(q, k, v, plan, dropout_p)
     scale = float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    _check(q, k, v, plan, scale, dropout_p)
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     if name == "torch":
         return _attention_torch.attention(q, k, v, plan, scale, dropout_p, seed, return_lse)
@@ -118,7 +118,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout_p: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, dropout_p: float) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ValueError(f"{name} must be packed as [rows, heads, head_dim]; received shape {list(tensor.shape)}.")
@@ -141,6 +141,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout_p: floa
             raise ValueError(
                 f"{name} must hold the rows of the plan's segments; it has {tensor.shape[0]} rows, the segments {segments.rows}."
             )
+    if not scale > 0.0:
+        raise ValueError(f"softmax_scale must be above 0; received {scale}.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); received {dropout_p}.")
 
