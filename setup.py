@@ -22,6 +22,7 @@ extras = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.6",
+        "setuptools>=77",
     ],
 }
 # flash-attn has no wheel and needs a CUDA compiler to build: `all` is everything that installs anywhere.

@@ -175,9 +175,8 @@ def test_json_and_page_hold_every_row():
 
 def test_observer_hears_every_change_of_loss():
     heard = []
-    with observe_losses(lambda: heard.append(1)):
-        with loss_scope("a"), loss_scope("b"):
-            pass
+    with observe_losses(lambda: heard.append(1)), loss_scope("a"), loss_scope("b"):
+        pass
     with loss_scope("c"):
         pass
     assert len(heard) == 4

@@ -145,6 +145,7 @@ def _layer_norm(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean = x.new_empty((x.shape[0], 1), dtype=_statistics(x.dtype))
     rstd = torch.empty_like(mean)
+    weight, bias = _beside_statistics(weight), _beside_statistics(bias)
     for e, a, b in _runs(expert_offsets):
         y, m, r = torch.native_layer_norm(x[a:b], [x.shape[1]], weight[e], bias[e], eps)
         out[a:b], mean[a:b], rstd[a:b] = y, m, r
@@ -163,6 +164,7 @@ def _layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight, bias = _beside_statistics(weight), _beside_statistics(bias)
     for e, a, b in _runs(expert_offsets):
         dx[a:b], dweight[e], dbias[e] = torch.ops.aten.native_layer_norm_backward(
             dout[a:b].contiguous(), x[a:b], [x.shape[1]], mean[a:b], rstd[a:b], weight[e], bias[e], [True, True, True]
@@ -177,6 +179,11 @@ def _(dout, x, mean, rstd, weight, bias, expert_offsets):
 
 def _statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _beside_statistics(weight: Tensor) -> Tensor:
+    """fp32 for 16-bit weights on the CPU, where PyTorch's kernels keep fp32 statistics only beside fp32 weights."""
+    return weight.to(_statistics(weight.dtype)) if weight.device.type == "cpu" else weight
 
 
 def _layer_norm_setup(ctx, inputs, output):

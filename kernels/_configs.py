@@ -1,0 +1,104 @@
+"""Every launch number of the kernels, with the compile report that chose it. Nothing is tuned at import.
+
+No row was chosen by a stopwatch. They are what compiles without a spilled register on sm_80, sm_90, sm_100 and gfx942, with and without
+causal edges and dropout (COMPILE.md has all of it), with matrix instructions wherever a tile has 64 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["forward", "backward_query", "backward_key"]
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # what the compile gate tries; a kernel takes any multiple of 8 from 16 to 128
+ANY_LENGTH = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """block_m query rows by block_n key rows per tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch. Fused multiply-add is asked for: its default changes between versions of Triton."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """`config` serves a kernel up to these sizes; the first row that fits is taken."""
+
+    kind: Kind
+    itemsize: int  # bytes per element: 2 or 4
+    max_head_dim: int
+    max_seqlen_q: int
+    config: AttentionConfig
+
+
+# The figures: registers per thread on sm_80 / sm_90 / sm_100 / gfx942 and shared memory on sm_90, for the widest head with causal edges
+# and dropout, Triton 3.9.0; no row spills.
+ATTENTION_ROWS = (
+    # 152 / 154 / 156 / 246, 24 KB. Captions: a 64-row tile would be half empty.
+    AttentionRow("forward", 2, 64, 32, AttentionConfig(32, 64, 4, 2)),
+    # 221 / 158 / 206 / 170, 40 KB.
+    AttentionRow("forward", 2, 64, 512, AttentionConfig(64, 64, 4, 2)),
+    # 204 / 170 / 194 / 171, 64 KB. 64 rows more per key tile read.
+    AttentionRow("forward", 2, 64, ANY_LENGTH, AttentionConfig(128, 64, 8, 3)),
+    # 168 / 168 / 168 / 188, 26 KB.
+    AttentionRow("forward", 2, 128, 32, AttentionConfig(32, 32, 4, 2)),
+    # 238 / 177 / 224 / 194, 48 KB.
+    AttentionRow("forward", 2, 128, ANY_LENGTH, AttentionConfig(64, 32, 4, 2)),
+    # 189 / 192 / 196 / 200, 18 KB.
+    AttentionRow("backward_query", 2, 64, 32, AttentionConfig(32, 32, 2, 2)),
+    # 248 / 224 / 223 / 282, 64 KB. 64x64 spills on sm_80.
+    AttentionRow("backward_query", 2, 128, ANY_LENGTH, AttentionConfig(64, 32, 4, 2)),
+    # 226 / 149 / 128 / 154, 24 KB. Pooling and decoding: few queries.
+    AttentionRow("backward_key", 2, 64, 16, AttentionConfig(16, 64, 4, 2)),
+    # 254 / 209 / 167 / 295, 32 KB. 64x64 spills on sm_80.
+    AttentionRow("backward_key", 2, 64, ANY_LENGTH, AttentionConfig(32, 64, 4, 2)),
+    # 189 / 173 / 178 / 222, 52 KB. 32x64 spills on gfx942, 4 warps on sm_100.
+    AttentionRow("backward_key", 2, 128, ANY_LENGTH, AttentionConfig(16, 64, 8, 2)),
+    # 222 / 224 / 222 / 200, 26 KB. 32x32 spills everywhere but on gfx942.
+    AttentionRow("forward", 4, 128, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
+    # 203 / 197 / 197 / 204, 24 KB.
+    AttentionRow("backward_query", 4, 64, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
+    # 202 / 174 / 170 / 194, 32 KB. 16x32 spills on NVIDIA.
+    AttentionRow("backward_query", 4, 128, ANY_LENGTH, AttentionConfig(16, 16, 8, 1)),
+    # 168 / 158 / 152 / 257, 50 KB.
+    AttentionRow("backward_key", 4, 128, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
+)
+
+
+def attention_config(kind: Kind, head_dim: int, itemsize: int, max_seqlen_q: int) -> AttentionConfig:
+    """The launch numbers of one attention kernel.
+
+    Raises:
+        ValueError: head_dim or dtype that no kernel takes.
+    """
+    if 16 <= head_dim <= 128 and head_dim % 8 == 0:
+        for row in ATTENTION_ROWS:
+            if (
+                row.kind == kind
+                and row.itemsize == itemsize
+                and head_dim <= row.max_head_dim
+                and max_seqlen_q <= row.max_seqlen_q
+            ):
+                return row.config
+    raise ValueError(
+        "attention kernels take head_dim from 16 to 128 in steps of 8 and elements of 2 or 4 bytes; received head_dim "
+        f"{head_dim} and {itemsize} bytes."
+    )
+
+
+def attention_configs() -> Iterator[tuple[Kind, AttentionConfig, int, str]]:
+    """Every (kind, config, head_dim, Triton dtype) that `attention_config` can choose, for the compile gate."""
+    for row in ATTENTION_ROWS:
+        for head_dim in HEAD_DIMS:
+            if attention_config(row.kind, head_dim, row.itemsize, row.max_seqlen_q) == row.config:
+                yield row.kind, row.config, head_dim, {2: "bf16", 4: "fp32"}[row.itemsize]
