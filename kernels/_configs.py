@@ -1,7 +1,8 @@
 """Every launch number of the kernels, with the compile report that chose it. Nothing is tuned at import.
 
-No row was chosen by a stopwatch. They are what compiles without a spilled register on sm_80, sm_90, sm_100 and gfx942, with and without
-causal edges and dropout (COMPILE.md has all of it), with matrix instructions wherever a tile has 64 rows.
+No row was chosen by a stopwatch. They are what compiles for sm_80, sm_90, sm_100 and gfx942 without running out of registers, with and
+without causal edges and dropout, and with Hopper's and Blackwell's matrix instructions where a tile has 64 rows. COMPILE.md has all of
+it, also the few bytes of stack that ptxas trades for one more block per multiprocessor.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class AttentionRow:
 
 
 # The figures: registers per thread on sm_80 / sm_90 / sm_100 / gfx942 and shared memory on sm_90, for the widest head with causal edges
-# and dropout, Triton 3.9.0; no row spills.
+# and dropout, Triton 3.9.0; none of these spills.
 ATTENTION_ROWS = (
     # 152 / 154 / 156 / 246, 24 KB. Captions: a 64-row tile would be half empty.
     AttentionRow("forward", 2, 64, 32, AttentionConfig(32, 64, 4, 2)),
