@@ -6,8 +6,8 @@
 Providers: every backend of ``vlp_fast.ops.attention`` that runs on the device; "sdpa padded", scaled_dot_product_attention on
 rectangles with a mask, as padded models call it; "naive padded", softmax(q k^T) v on the same rectangles. The padded ones get
 tensors that are padded already, but gather keys and values where several captions read one image, as their models do. A
-provider that disagrees with the float64 reference is shown as wrong and not timed. Shapes are those of BLIP, CoCa and BEiT-3
-(docs: their papers) at a batch that a CPU finishes in milliseconds.
+provider that disagrees with the float64 reference is shown as wrong and not timed. Shapes are those of BLIP, CoCa and BEiT-3 at
+a batch that a CPU finishes in milliseconds.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def forward_backward(call: Call, tensors: list[Tensor]) -> Callable[[], object]:
     return run
 
 
-DIRECTIONS = {"forward": forward, "forward+backward": forward_backward}
+DIRECTIONS = {"fwd": forward, "fwd+bwd": forward_backward}
 
 
 def _pad(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -206,7 +206,7 @@ def main() -> int:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("shape", "direction", "provider"):
         table.add_column(name, no_wrap=True)
-    for name in ("median ms", "quartiles", "n", f"against {BASELINE}"):
+    for name in ("median ms", "quartiles", "n", f"vs {BASELINE}"):
         table.add_column(name, justify="right", no_wrap=True)
     rows, all_wrong = [], []
     for shape in shapes(arguments.batch):
@@ -221,8 +221,8 @@ def main() -> int:
             for provider, timing in timings.items():
                 rows.append({"shape": shape.name, "direction": direction, "provider": provider, **_numbers(timing)})
                 speedup = f"x{timings[BASELINE].median / timing.median:.2f}" if BASELINE in timings else "-"
-                spread = f"{timing.q1:.3f}-{timing.q3:.3f}"
-                table.add_row(shape.name, direction, provider, f"{timing.median:.3f}", spread, str(timing.count), speedup)
+                spread = f"{_short(timing.q1)}-{_short(timing.q3)}"
+                table.add_row(shape.name, direction, provider, _short(timing.median), spread, str(timing.count), speedup)
             table.add_section()
     about = stamp(arguments.device, dtype=arguments.dtype, batch=arguments.batch, seed=0)
     console = output_console()
@@ -240,6 +240,10 @@ def main() -> int:
 
 def _numbers(timing: Timing) -> dict[str, float]:
     return {"ms_median": timing.median, "ms_q1": timing.q1, "ms_q3": timing.q3, "steps": timing.count}
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
 
 
 if __name__ == "__main__":

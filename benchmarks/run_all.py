@@ -29,7 +29,7 @@ from vlp_fast.cli.profile import profile_table
 from vlp_fast.profiling import profile_model
 from vlp_fast.training import MODELS
 
-# seconds that measuring one task may take (at least 3 calls are measured whatever they take)
+# seconds: of one task; at least 3 calls are measured, and fewer only where the model's part of the budget is over
 PLANS: dict[str, dict[str, Any]] = {
     "tiny": {"batch": 8, "steps": 50, "seconds": 2.0, "warmup": 3},
     "base": {"batch": 4, "steps": 5, "seconds": 6.0, "warmup": 1},

@@ -17,7 +17,7 @@ import torch
 
 from vlp_fast.data import Batch, BatchLoader, ImageTransform, PatchCodebook, SkipReport, WordPieceTokenizer, open_pairs
 from vlp_fast.environment import cuda_report, load_per_core, stamp
-from vlp_fast.measuring import MIN_STEPS, Timing, measure, peak_memory, prepare_process
+from vlp_fast.measuring import Timing, measure, peak_memory, prepare_process
 from vlp_fast.ops import BACKENDS, backend_status, default_backend
 from vlp_fast.training import MODELS, SIZES, PretrainingObjective, build_pretraining, preset
 
@@ -72,8 +72,8 @@ class Settings:
             unknown = [value for value in values if value not in known]
             if unknown:
                 raise ValueError(f"{argument} must be one of {', '.join(known)}; received {unknown[0]!r}.")
-        for argument, number in (("batch", self.batch), ("steps", self.steps), ("image_size", self.image_size or 1)):
-            if number < 1:
+        for argument, number in (("batch", self.batch), ("steps", self.steps), ("image_size", self.image_size)):
+            if number is not None and number < 1:
                 raise ValueError(f"{argument} must be at least 1; received {number}.")
         if self.seconds is not None and self.seconds <= 0:
             raise ValueError(f"seconds must be more than 0; received {self.seconds}.")
@@ -183,8 +183,11 @@ class Benchmark:
 
         Raises: ValueError where the data gives no full batch.
         """
-        for size, model in itertools.product(self.settings.sizes, self.settings.models):
-            for row in self._run_model(model, size, tick or (lambda text: None), math.inf if until is None else until):
+        pairs = list(itertools.product(self.settings.sizes, self.settings.models))
+        for done, (size, model) in enumerate(pairs):
+            # each model may use an equal part of the time that is left
+            share = None if until is None else time.monotonic() + (until - time.monotonic()) / (len(pairs) - done)
+            for row in self._run_model(model, size, tick or (lambda text: None), math.inf if until is None else until, share):
                 self.rows.append(row)
                 yield row
 
@@ -206,7 +209,9 @@ class Benchmark:
         skipped = [{"reason": r, "count": n, "names": self.skips.names[r]} for r, n in self.skips.counts.items()]
         return {"schema": 1, "stamp": about, "rows": [asdict(row) for row in self.rows], "skipped": skipped}
 
-    def _run_model(self, model: str, size: str, tick: Callable[[str], None], until: float) -> Iterator[Throughput]:
+    def _run_model(
+        self, model: str, size: str, tick: Callable[[str], None], until: float, share: float | None
+    ) -> Iterator[Throughput]:
         s = self.settings
         image_size = s.image_size or preset(model, size).image_size
 
@@ -229,8 +234,7 @@ class Benchmark:
             yield from (row(task, backend, note=_reason(error)) for task in TASKS for backend in s.runnable)
             return
         for task in TASKS:
-            left = until - time.monotonic()
-            if left <= 0:
+            if time.monotonic() > until:
                 yield from (row(task, backend, note=OVER) for backend in s.runnable)
                 continue
             calls: dict[str, Callable[[], object]] = {}
@@ -247,8 +251,8 @@ class Benchmark:
             timings = measure(
                 calls,
                 steps=s.steps,
-                seconds=left if s.seconds is None else min(s.seconds, left),
-                at_least=MIN_STEPS if math.isinf(until) else 1,
+                seconds=s.seconds,
+                until=share,
                 warmup=max(s.warmup - 1, 0),
                 device=s.device,
                 tick=lambda text, task=task: tick(f"{model} {size} {task}: {text}"),  # type: ignore[misc]

@@ -56,7 +56,7 @@ def measure(
     *,
     steps: int = 10,
     seconds: float | None = None,
-    at_least: int = MIN_STEPS,
+    until: float | None = None,
     warmup: int = 1,
     device: torch.device | str = "cpu",
     tick: Callable[[str], None] | None = None,
@@ -65,7 +65,8 @@ def measure(
 
     Args:
         calls: name -> what to time; a call's own work should be the same every time.
-        steps: rounds measured, at most. seconds: begin no further round once this much time has passed, but for `at_least`.
+        steps: rounds measured, at most. seconds: begin no further round once this much time has passed, but measure 3 at least.
+        until: value of `time.monotonic` from which no further round is begun, but measure one.
         warmup: rounds before that. device: waited for before and after every call. tick: told the progress of each round.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
@@ -75,7 +76,9 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for step in range(steps):
-        if seconds is not None and step >= at_least and time.perf_counter() - begin >= seconds:
+        if seconds is not None and step >= MIN_STEPS and time.perf_counter() - begin >= seconds:
+            break
+        if until is not None and step >= 1 and time.monotonic() >= until:
             break
         if tick is not None:
             tick(f"{step + 1}/{steps}")
