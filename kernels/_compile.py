@@ -1,18 +1,22 @@
 """Compile kernels for GPUs that are not here, and read what the compiler made of them: registers, spills, shared memory, instructions.
 
-    python -m vlp_fast.kernels._compile                             print the table of every kernel, configuration and target
-    python -m vlp_fast.kernels._compile --write kernels/COMPILE.md  write it
-    python -m vlp_fast.kernels._compile --gate                      the part of it that the test compiles, as JSON lines
+    python -m vlp_fast.kernels._compile --check    compile every case of _compile_cases.py; exit 1 where a limit or a budget is broken
+    python -m vlp_fast.kernels._compile --write    the same, and write compile_budgets.json and COMPILE.md
+    ... --only attention,decode                    some families
 
-It runs without TRITON_INTERPRET, under which there is nothing to compile.
+Limits hold with every Triton: no spills, shared memory that fits, matrix instructions where there are products of tiles. Budgets are what
+was measured with one version and committed; a case may get better, not worse. It runs without TRITON_INTERPRET, under which there is
+nothing to compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ._configs import AttentionConfig, attention_configs
-from .attention_backward import _attention_backward_key_kernel, _attention_backward_query_kernel
-from .attention_forward import _attention_forward_kernel
+from ._compile_cases import CompileCase, compile_cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,7 +36,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-WORKERS = 2
+STACK_LIMIT = 32  # bytes that ptxas may give up for one more block per multiprocessor; with every register allowed: none
+WIDE_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mma"}
+BUDGETS = Path(__file__).with_name("compile_budgets.json")
+TABLE = Path(__file__).with_name("COMPILE.md")
 
 
 # ---------------------------------------------------------------------------------------------------------- one compilation
@@ -53,37 +58,28 @@ class CompileReport:
     mma: int  # mma.sync; on gfx942 mfma
     cp_async: int
 
+    @property
+    def products(self) -> int:
+        """Matrix instructions of any kind."""
+        return self.wgmma + self.tcgen05 + self.mma
 
-def compile_report(
-    kernel: triton.JITFunction,
-    types: Mapping[str, str],
-    constexprs: Mapping[str, object],
-    options: Mapping[str, object],
-    target: GPUTarget,
-) -> CompileReport:
-    """Compile a kernel as a launch would.
 
-    Args:
-        kernel: a `triton.jit` function.
-        types: Triton's type of every argument that is not a constexpr. Pointers, and sizes marked ``"i32:16"``, are divisible by 16.
-        constexprs: the values of the others; None for an absent pointer, 1 for a size that is 1.
-        options: num_warps, num_stages, ... as at a launch.
-        target: one of `TARGETS`, or like it.
-    """
+def compile_report(case: CompileCase, target: GPUTarget) -> CompileReport:
+    """Compile a kernel as a launch would, for an entry of `TARGETS` or like it."""
     signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        kind, _, divisor = ("constexpr", "", "") if name in constexprs else types[name].partition(":")
+    for index, name in enumerate(case.jit.arg_names):
+        kind, _, divisor = ("constexpr", "", "") if name in case.constexprs else case.types[name].partition(":")
         signature[name] = kind
         if divisor or kind.startswith("*"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=dict(constexprs), attrs=attributes)
-    compiled = triton.compile(source, target=target, options=dict(options))
+    source = ASTSource(case.jit, signature, constexprs=dict(case.constexprs), attrs=attributes)
+    compiled = triton.compile(source, target=target, options=dict(case.options))
     if target.backend == "hip":
         return _amd_report(compiled.asm["amdgcn"], compiled.metadata.shared)
     registers, stack = _nvidia_usage(compiled.asm["cubin"])
     spills = stack
     if stack:
-        spills = _nvidia_usage(triton.compile(source, target=target, options={**options, "maxnreg": 255}).asm["cubin"])[1]
+        spills = _nvidia_usage(triton.compile(source, target=target, options={**case.options, "maxnreg": 255}).asm["cubin"])[1]
     patterns = (r"wgmma\.mma_async", r"tcgen05\.mma\.", r"\bmma\.sync", r"cp\.async\.c[ag]")
     counts = (len(re.findall(pattern, compiled.asm["ptx"])) for pattern in patterns)
     return CompileReport(registers, stack, spills, compiled.metadata.shared, *counts)
@@ -105,87 +101,71 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------------------------------- all of them
+
+Reports = dict[str, dict[str, CompileReport]]  # name of the case -> target -> report
 
 
-@dataclass(frozen=True)
-class AttentionVariant:
-    """One compilation of an attention kernel."""
-
-    kind: str
-    dtype: str
-    head_dim: int
-    config: AttentionConfig
-    causal: bool
-    dropout: bool
-    precision: str  # of the products of fp32: ieee or tf32
-
-    @property
-    def label(self) -> str:
-        flags = [*(["causal"] if self.causal else []), *(["dropout"] if self.dropout else [])]
-        return " ".join([*flags, *(["tf32"] if self.precision == "tf32" else [])]) or "plain"
+def _report_of(name: str, target: str) -> CompileReport:
+    # a kernel does not travel between processes; its name does
+    case = next(case for case in compile_cases() if case.name == name)
+    return compile_report(case, TARGETS[target])
 
 
-_KERNELS = {
-    "forward": _attention_forward_kernel,
-    "backward_query": _attention_backward_query_kernel,
-    "backward_key": _attention_backward_key_kernel,
-}
-_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-_TYPES = {
-    **dict.fromkeys(("lse", "dlse", "delta"), "*fp32"),
-    **dict.fromkeys(("query_offsets", "key_offsets", "edge_offsets", "edge_key", "edge_causal"), "*i32"),
-    **dict.fromkeys(("key_edge_offsets", "key_edge_query", "key_edge_causal"), "*i32"),
-    "seed": "*i64",
-    **dict.fromkeys(("num_heads", "num_heads_k", "tiles", "rows_q", "dropout_threshold"), "i32"),
-    **dict.fromkeys(("q_row_stride", "q_head_stride", "k_row_stride", "k_head_stride"), "i32:16"),
-    "softmax_scale": "fp32",
-}
+def compile_all(cases: Iterable[CompileCase], workers: int) -> Reports:
+    """Every case for each of its targets."""
+    jobs = [(case.name, target) for case in cases for target in case.targets or TARGETS]
+    reports: Reports = {}
+    with ProcessPoolExecutor(workers) as pool:
+        for (name, target), report in zip(jobs, pool.map(_report_of, *zip(*jobs, strict=True)), strict=True):
+            reports.setdefault(name, {})[target] = report
+    return reports
 
 
-def attention_variants(gate: bool) -> Iterator[AttentionVariant]:
-    """What to compile: every configuration with causal edges and dropout, the most a kernel can be asked for; at the widest head it
-    serves, and at 64, also with less. The gate leaves out the other heads."""
-    chosen = list(attention_configs())
-    widest = {(kind, config, dtype): head_dim for kind, config, head_dim, dtype in chosen}
-    for kind, config, head_dim, dtype in chosen:
-        full = head_dim == widest[kind, config, dtype] or (dtype == "bf16" and head_dim == 64)
-        if full or not gate:
-            yield AttentionVariant(kind, dtype, head_dim, config, True, True, "ieee")
-        if full and dtype == "fp32":
-            yield AttentionVariant(kind, dtype, head_dim, config, True, True, "tf32")
-        if full and dtype == "bf16":
-            yield AttentionVariant(kind, dtype, head_dim, config, False, False, "ieee")
-            if not gate:
-                yield AttentionVariant(kind, dtype, head_dim, config, True, False, "ieee")
-                yield AttentionVariant(kind, dtype, head_dim, config, False, True, "ieee")
+def violations(
+    cases: Iterable[CompileCase], reports: Reports, budgets: Mapping[str, Mapping[str, list[int]]] | None
+) -> Iterator[str]:
+    """A sentence for every limit and, where this Triton has `budgets`, every budget that a report breaks."""
+    for case in cases:
+        for target, report in reports[case.name].items():
+            where = f"{case.name} on {target}"
+            if report.spills:
+                yield f"{where} spills {report.spills} bytes per thread; none may be spilled."
+            elif report.stack > STACK_LIMIT:
+                yield f"{where} keeps {report.stack} bytes of stack per thread; {STACK_LIMIT} are allowed."
+            if report.shared_bytes > SHARED_LIMIT[target]:
+                yield f"{where} needs {report.shared_bytes} bytes of shared memory; there are {SHARED_LIMIT[target]}."
+            if case.matrix and not report.products:
+                yield f"{where} uses no matrix instruction."
+            if case.wide and not getattr(report, WIDE_INSTRUCTION[target]):
+                yield f"{where} does not use {WIDE_INSTRUCTION[target]}."
+            if budgets is not None:
+                yield from _over_budget(where, report, budgets.get(case.name, {}).get(target))
 
 
-def attention_report(variant: AttentionVariant, target: str) -> CompileReport:
-    """Compile one variant, with as many key heads as query heads, for an entry of `TARGETS`."""
-    kernel, config = _KERNELS[variant.kind], variant.config
-    constexprs = {
-        "group": 1,
-        "HEAD_DIM": variant.head_dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "HAS_CAUSAL": variant.causal,
-        "INPUT_PRECISION": variant.precision,
-        **({} if variant.dropout else {"seed": None}),
+def _over_budget(where: str, report: CompileReport, budget: list[int] | None) -> Iterator[str]:
+    if budget is None:
+        yield f"{where} has no budget in {BUDGETS.name}; write it with --write."
+        return
+    names = ("registers", "stack", "shared_bytes")
+    for name, allowed in zip(names, budget[:3], strict=True):
+        if getattr(report, name) > allowed:
+            yield f"{where} uses {getattr(report, name)} {name}; its budget is {allowed}."
+    if report.products < budget[3]:
+        yield f"{where} has {report.products} matrix instructions; it had {budget[3]}."
+
+
+def budgets_of(reports: Reports) -> dict[str, dict[str, list[int]]]:
+    """What `violations` takes: case -> target -> registers, stack, bytes of shared memory, matrix instructions."""
+    return {
+        name: {target: [r.registers, r.stack, r.shared_bytes, r.products] for target, r in by_target.items()}
+        for name, by_target in reports.items()
     }
-    types = {**dict.fromkeys(_TENSORS, f"*{variant.dtype}"), **_TYPES}
-    return compile_report(kernel, types, constexprs, config.options, TARGETS[target])
 
 
-def attention_reports(variants: Iterable[AttentionVariant]) -> Iterator[tuple[AttentionVariant, dict[str, CompileReport]]]:
-    """Each variant with its report per target; no target that TF32 products do not exist on."""
-    jobs = [(v, target) for v in variants for target in TARGETS if v.precision == "ieee" or target != "gfx942"]
-    with ProcessPoolExecutor(WORKERS) as pool:
-        results = pool.map(attention_report, *zip(*jobs, strict=True))
-        reports: dict[AttentionVariant, dict[str, CompileReport]] = {}
-        for (variant, target), report in zip(jobs, results, strict=True):
-            reports.setdefault(variant, {})[target] = report
-    yield from reports.items()
+def read_budgets() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """The committed budgets by version of Triton."""
+    return json.loads(BUDGETS.read_text(encoding="utf-8")) if BUDGETS.exists() else {}
 
 
 # -------------------------------------------------------------------------------------------------------------------- table
@@ -193,65 +173,85 @@ def attention_reports(variants: Iterable[AttentionVariant]) -> Iterator[tuple[At
 TABLE_HEAD = """\
 # What the compiler makes of every configuration
 
-Written by `python -m vlp_fast.kernels._compile --write kernels/COMPILE.md` with Triton {version}; no GPU took part, and no number here is
-a speed. Each cell: registers per thread · KB of shared memory · matrix instructions in the text (w wgmma, t tcgen05, m mma.sync or
-mfma) · s, bytes of stack per thread, where there are any. tile: query rows x key rows. flags: what the kernel was compiled with.
-A few bytes of stack beside 80, 96, 128 or 168 registers are ptxas's trade for one more block per multiprocessor; a **bold** s would be
-a spill that remains when every register may be used. The gate (tests/kernels/test_compile_gate.py) allows none.
+Written by `python -m vlp_fast.kernels._compile --write` from compile_budgets.json, with Triton {version}; no GPU took part, and no number
+here is a speed. Each cell: registers per thread · KB of shared memory · matrix instructions in the text · s, bytes of stack per thread,
+where there are any: ptxas's trade for one more block per multiprocessor, none of which is left when every register may be used. config:
+tile, warps w, stages s. flags: what the kernel was compiled with. `--check`, which `make test` runs, fails where a cell gets worse.
 
-| kernel | dtype | head_dim | tile | warps | stages | flags | {targets} |
-|---|---|---|---|---|---|---|{rule}|
+| kernel | dtype | shape | config | flags | {targets} |
+|---|---|---|---|---|{rule}|
 """
 
 
-def table(rows: Iterable[tuple[AttentionVariant, dict[str, CompileReport]]]) -> str:
+def table(version: str, budgets: Mapping[str, Mapping[str, list[int]]]) -> str:
     """COMPILE.md."""
-    text = TABLE_HEAD.format(version=triton.__version__, targets=" | ".join(TARGETS), rule="|".join("---" for _ in TARGETS))
-    for variant, reports in rows:
-        c = variant.config
-        cells = [
-            variant.kind,
-            variant.dtype,
-            variant.head_dim,
-            f"{c.block_m}x{c.block_n}",
-            c.num_warps,
-            c.num_stages,
-            variant.label,
-        ]
-        text += "| " + " | ".join(str(cell) for cell in [*cells, *(_cell(reports.get(target)) for target in TARGETS)]) + " |\n"
+    text = TABLE_HEAD.format(version=version, targets=" | ".join(TARGETS), rule="|".join("---" for _ in TARGETS))
+    for name, by_target in budgets.items():
+        family, kernel, *rest = name.split(" | ")
+        cells = [f"{family} {kernel}", *rest, *(_cell(by_target.get(target)) for target in TARGETS)]
+        text += "| " + " | ".join(cells) + " |\n"
     return text
 
 
-def _cell(report: CompileReport | None) -> str:
-    if report is None:
+def _cell(budget: list[int] | None) -> str:
+    if budget is None:
         return "-"
-    matrix = "".join(f" {letter}{n}" for letter, n in (("w", report.wgmma), ("t", report.tcgen05), ("m", report.mma)) if n)
-    stack = f" · **s{report.stack}**" if report.spills else f" · s{report.stack}" if report.stack else ""
-    return f"{report.registers} · {report.shared_bytes / 1024:.1f} ·{matrix or ' 0'}{stack}"
+    registers, stack, shared_bytes, products = budget
+    return f"{registers} · {shared_bytes / 1024:.1f} · {products}" + (f" · s{stack}" if stack else "")
 
 
-def main() -> None:
+def main() -> int:
     """The command line of this file."""
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it.")
     parser = argparse.ArgumentParser(
         prog="python -m vlp_fast.kernels._compile", description="compile every kernel for every target"
     )
-    parser.add_argument(
-        "--gate", action="store_true", help="only what the test compiles, one JSON object per variant and target"
-    )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to FILE")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--check", action="store_true", help="hold the reports against limits and budgets")
+    mode.add_argument("--write", action="store_true", help=f"write {BUDGETS.name} and {TABLE.name} for this Triton")
+    parser.add_argument("--only", metavar="FAMILY,...", help="compile these families only")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every report to FILE")
     arguments = parser.parse_args()
-    reports = attention_reports(attention_variants(arguments.gate))
-    if arguments.gate:
-        for variant, by_target in reports:
-            for target, report in by_target.items():
-                print(json.dumps({**asdict(variant), "label": variant.label, "target": target, **asdict(report)}))
-    elif arguments.write:
-        arguments.write.write_text(table(reports), encoding="utf-8")
-    else:
-        print(table(reports))
+    cases = list(compile_cases())
+    if arguments.only:
+        families = arguments.only.split(",")
+        unknown = set(families) - {case.family for case in cases}
+        if unknown:
+            parser.error(f"--only must name families of {sorted({case.family for case in cases})}; received {sorted(unknown)}.")
+        cases = [case for case in cases if case.family in families]
+    reports = compile_all(cases, arguments.workers)
+    committed = read_budgets()
+    if arguments.json:
+        found = {name: {target: asdict(r) for target, r in by_target.items()} for name, by_target in reports.items()}
+        arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    budgets = budgets_of(reports) if arguments.write else committed.get(triton.__version__)
+    broken = list(violations(cases, reports, budgets))
+    print(
+        f"Triton {triton.__version__}: {len(cases)} cases, {sum(map(len, reports.values()))} compilations, {len(broken)} broken"
+    )
+    if budgets is None:
+        print(f"{BUDGETS.name} has no budgets for Triton {triton.__version__}: only the limits were checked.")
+    print("\n".join(broken))
+    if arguments.write:
+        kept = committed.get(triton.__version__, {}) if arguments.only else {}
+        merged = {**kept, **budgets_of(reports)}
+        committed[triton.__version__] = {c.name: merged[c.name] for c in compile_cases() if c.name in merged}
+        newest = max(committed, key=lambda version: [int(part) for part in version.split(".")])
+        BUDGETS.write_text(_dump(committed), encoding="utf-8")
+        TABLE.write_text(table(newest, committed[newest]), encoding="utf-8")
+    return 1 if broken else 0
+
+
+def _dump(committed: Mapping[str, Mapping[str, object]]) -> str:
+    """JSON with one line per case."""
+    versions = []
+    for version in sorted(committed):
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in committed[version].items())
+        versions.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(versions) + "\n}\n"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

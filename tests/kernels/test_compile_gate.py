@@ -1,85 +1,107 @@
-"""What the compiler makes of every configuration, for GPUs that need not be here: no spills, memory that fits, matrix instructions."""
+"""What the compiler makes of every configuration, for GPUs that need not be here: held against limits and committed budgets."""
 
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from vlp_fast.kernels._configs import AttentionConfig, attention_configs
+from vlp_fast.kernels import _compile
+from vlp_fast.kernels._compile import CompileReport, violations
+from vlp_fast.kernels._compile_cases import compile_cases
+from vlp_fast.kernels._configs import attention_config, attention_configs
 
-COMPILE_MD = Path(__file__).parents[2] / "kernels" / "COMPILE.md"
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mma"}
-STACK_LIMIT = 32  # bytes that ptxas may give up for one more block per multiprocessor
+GOOD = CompileReport(registers=100, stack=0, spills=0, shared_bytes=1024, wgmma=4, tcgen05=4, mma=4, cp_async=0)
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def test_compile_gate_holds(tmp_path):
     """One process compiles everything, without the interpreter in which other tests run."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "vlp_fast.kernels._compile", "--gate"]
-    process = subprocess.run(command, env=environment, cwd=tmp_path_factory.mktemp("cwd"), capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    found = [json.loads(line) for line in process.stdout.splitlines()]
-    for r in found:
-        print(
-            *(
-                r[name]
-                for name in ("kind", "dtype", "head_dim", "config", "label", "target", "registers", "stack", "shared_bytes")
-            )
-        )
-    return found
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
+    command = [sys.executable, "-m", "vlp_fast.kernels._compile", "--check"]
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    print(process.stdout)
+    assert process.returncode == 0, process.stdout + process.stderr[-4000:]
 
 
-def _tile_rows(report):
-    """Rows of the tiles that matrix instructions see: queries, or keys where the kernel's programs are tiles of keys."""
-    return report["config"]["block_n" if report["kind"] == "backward_key" else "block_m"]
+def test_compile_cases_are_told_apart_by_name():
+    names = [case.name for case in compile_cases()]
+    assert len(set(names)) == len(names)
 
 
-@pytest.mark.slow
-def test_compile_gate_covers_every_config_on_every_target(reports):
-    compiled = {(r["kind"], AttentionConfig(**r["config"]), r["dtype"], r["target"]) for r in reports}
+def test_compile_cases_cover_every_attention_config():
+    compiled = {(case.kernel, case.config, case.dtype) for case in compile_cases() if case.family == "attention"}
     assert compiled == {
-        (kind, config, dtype, target) for kind, config, _, dtype in attention_configs() for target in SHARED_LIMIT
+        (kind, f"{c.block_m}x{c.block_n} w{c.num_warps} s{c.num_stages}", dtype) for kind, c, _, dtype in attention_configs()
     }
 
 
-@pytest.mark.slow
-def test_compile_gate_spills_nothing(reports):
-    assert [r for r in reports if r["spills"] > 0 or r["stack"] > STACK_LIMIT] == []
+def test_compile_budgets_list_exactly_the_cases():
+    names = [case.name for case in compile_cases()]
+    for version, budgets in _compile.read_budgets().items():
+        assert list(budgets) == names, f"python -m vlp_fast.kernels._compile --write, with Triton {version}"
+        for case in compile_cases():
+            assert set(budgets[case.name]) == set(case.targets or _compile.TARGETS)
 
 
-@pytest.mark.slow
-def test_compile_gate_shared_memory_fits(reports):
-    assert [r for r in reports if r["shared_bytes"] > SHARED_LIMIT[r["target"]]] == []
+def test_compile_table_is_that_of_the_budgets():
+    budgets = _compile.read_budgets()
+    newest = max(budgets, key=lambda version: [int(part) for part in version.split(".")])
+    assert _compile.TABLE.read_text(encoding="utf-8") == _compile.table(newest, budgets[newest])
 
 
-@pytest.mark.slow
-def test_compile_gate_uses_matrix_instructions(reports):
-    for r in reports:
-        if r["dtype"] == "bf16":
-            wide = _tile_rows(r) >= 64 or r["target"] in ("sm_80", "gfx942")
-            assert r[MATRIX_INSTRUCTION[r["target"]] if wide else "mma"] > 0, r
+def _broken(report, budget=None, **changes):
+    case = replace(next(compile_cases()), **changes)
+    budgets = None if budget is None else {case.name: {"sm_90": budget}}
+    return list(violations([case], {case.name: {"sm_90": report}}, budgets))
 
 
-def test_compile_table_lists_exactly_the_configs():
-    rows = re.findall(
-        r"^\| (\w+) \| (\w+) \| (\d+) \| (\d+)x(\d+) \| (\d+) \| (\d+) \| ", COMPILE_MD.read_text(encoding="utf-8"), flags=re.M
-    )
-    listed = {(kind, AttentionConfig(*map(int, numbers)), int(head_dim), dtype) for kind, dtype, head_dim, *numbers in rows}
-    assert listed == set(attention_configs()), "run python -m vlp_fast.kernels._compile --write kernels/COMPILE.md"
+def test_compile_gate_lets_a_good_report_pass():
+    assert _broken(GOOD) == []
+    assert _broken(GOOD, [100, 0, 1024, 12]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stack": 8, "spills": 8}, "spills 8 bytes"),
+        ({"stack": 64}, "64 bytes of stack"),
+        ({"shared_bytes": 300 * 1024}, "bytes of shared memory"),
+        ({"wgmma": 0, "tcgen05": 0, "mma": 0}, "no matrix instruction"),
+        ({"wgmma": 0}, "does not use wgmma"),
+    ],
+)
+def test_compile_gate_names_a_broken_limit(change, words):
+    assert any(words in line for line in _broken(replace(GOOD, **change), matrix=True, wide=True))
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ([99, 0, 1024, 12], "uses 100 registers; its budget is 99"),
+        ([100, 0, 1000, 12], "its budget is 1000"),
+        ([100, 0, 1024, 13], "12 matrix instructions; it had 13"),
+    ],
+)
+def test_compile_gate_names_a_broken_budget(budget, words):
+    assert any(words in line for line in _broken(GOOD, budget))
+
+
+def test_compile_gate_asks_for_a_missing_budget():
+    case = next(compile_cases())
+    assert "has no budget" in "".join(violations([case], {case.name: {"sm_90": GOOD}}, {}))
+
+
+def test_compile_budgets_are_one_line_per_case():
+    text = _compile.BUDGETS.read_text(encoding="utf-8")
+    assert text == _compile._dump(json.loads(text))
 
 
 @pytest.mark.parametrize(("head_dim", "itemsize"), [(8, 2), (136, 2), (68, 2), (64, 8)])
 def test_attention_config_refuses_what_no_kernel_takes(head_dim, itemsize):
-    from vlp_fast.kernels._configs import attention_config
-
     with pytest.raises(ValueError, match="head_dim from 16 to 128"):
         attention_config("forward", head_dim, itemsize, 64)

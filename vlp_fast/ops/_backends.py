@@ -6,7 +6,16 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-__all__ = ["BACKENDS", "INTERPRET", "BackendStatus", "backend_status", "choose_backend", "default_backend"]
+__all__ = [
+    "BACKENDS",
+    "INTERPRET",
+    "BackendStatus",
+    "attention_only",
+    "backend_status",
+    "choose_backend",
+    "choose_own_backend",
+    "default_backend",
+]
 
 BACKENDS = ("triton", "torch", "xformers", "flash_attn")
 INTERPRET = (
@@ -79,3 +88,20 @@ def choose_backend(backend: str | None, device_type: str) -> str:
     if not status.available:
         raise RuntimeError(f"backend {name!r} is not available: {status.reason}.")
     return name
+
+
+def choose_own_backend(backend: str | None, device_type: str, operation: str) -> str:
+    """As `choose_backend`, for operations that no attention library has: "triton" or "torch".
+
+    Raises:
+        ValueError: an unknown backend, or a library of attention.
+        RuntimeError: a backend that cannot run on this device.
+    """
+    if attention_only(backend):
+        raise ValueError(f"backend of {operation} must be triton, torch or None; {backend!r} has attention only.")
+    return choose_backend(backend, device_type)
+
+
+def attention_only(backend: str | None) -> bool:
+    """Whether `backend` is a library that has attention and nothing else; modules then leave their other operations to the default."""
+    return backend in ("xformers", "flash_attn")

@@ -1,0 +1,111 @@
+"""What the compile gate compiles: each configuration that `_configs.py` can choose for a kernel, at the most a launch can ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import triton
+
+from ._configs import attention_configs
+from .attention_backward import _attention_backward_key_kernel, _attention_backward_query_kernel
+from .attention_forward import _attention_forward_kernel
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One compilation: a kernel with the types of its arguments, the values of its constants, and how it is launched.
+
+    Attributes:
+        family: the operation, such as "attention". kernel, dtype, shape, config, flags: what tells its cases apart, for people.
+        jit: the `triton.jit` function.
+        types: Triton's type of every argument that is not a constant. Pointers, and sizes marked ``"i32:16"``, are divisible by 16.
+        constexprs: values of the constants; None for an absent pointer, 1 for a size that is 1.
+        options: num_warps, num_stages, ... as at a launch.
+        matrix: whether it must use matrix instructions. wide: whether these must be Hopper's and Blackwell's own (64-row tiles).
+        targets: names of the targets it exists for; empty: all.
+    """
+
+    family: str
+    kernel: str
+    dtype: str
+    shape: str
+    config: str
+    flags: str
+    jit: triton.JITFunction = field(repr=False, compare=False)
+    types: dict[str, str] = field(repr=False, compare=False)
+    constexprs: dict[str, object] = field(repr=False, compare=False)
+    options: dict[str, object] = field(repr=False, compare=False)
+    matrix: bool = True
+    wide: bool = False
+    targets: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique among `compile_cases`."""
+        return " | ".join((self.family, self.kernel, self.dtype, self.shape, self.config, self.flags))
+
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every case of every kernel, in a fixed order."""
+    for cases in (_attention_cases,):
+        yield from cases()
+
+
+# ---------------------------------------------------------------------------------------------------------------- attention
+
+_ATTENTION_KERNELS = {
+    "forward": _attention_forward_kernel,
+    "backward_query": _attention_backward_query_kernel,
+    "backward_key": _attention_backward_key_kernel,
+}
+_ATTENTION_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+_ATTENTION_TYPES = {
+    **dict.fromkeys(("lse", "dlse", "delta"), "*fp32"),
+    **dict.fromkeys(("query_offsets", "key_offsets", "edge_offsets", "edge_key", "edge_causal"), "*i32"),
+    **dict.fromkeys(("key_edge_offsets", "key_edge_query", "key_edge_causal"), "*i32"),
+    "seed": "*i64",
+    **dict.fromkeys(("num_heads", "num_heads_k", "tiles", "rows_q", "dropout_threshold"), "i32"),
+    **dict.fromkeys(("q_row_stride", "q_head_stride", "k_row_stride", "k_head_stride"), "i32:16"),
+    "softmax_scale": "fp32",
+}
+
+
+def _attention_cases() -> Iterator[CompileCase]:
+    """At the widest head a configuration serves, and at 64: with causal edges and dropout, the most there is, and with neither."""
+    chosen = list(attention_configs())
+    widest = {(kind, config, dtype): head_dim for kind, config, head_dim, dtype in chosen}
+    for kind, config, head_dim, dtype in chosen:
+        if head_dim != widest[kind, config, dtype] and not (dtype == "bf16" and head_dim == 64):
+            continue
+        variants = [(True, "ieee"), (True, "tf32")] if dtype == "fp32" else [(True, "ieee"), (False, "ieee")]
+        tile_rows = config.block_n if kind == "backward_key" else config.block_m
+        for full, precision in variants:
+            constexprs: dict[str, object] = {
+                "group": 1,
+                "HEAD_DIM": head_dim,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "HAS_CAUSAL": full,
+                "INPUT_PRECISION": precision,
+                **({} if full else {"seed": None}),
+            }
+            flags = ["causal dropout" if full else "plain", *(["tf32"] if precision == "tf32" else [])]
+            yield CompileCase(
+                "attention",
+                kind,
+                dtype,
+                f"head_dim {head_dim}",
+                f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}",
+                " ".join(flags),
+                _ATTENTION_KERNELS[kind],
+                {**dict.fromkeys(_ATTENTION_TENSORS, f"*{dtype}"), **_ATTENTION_TYPES},
+                constexprs,
+                config.options,
+                matrix=dtype == "bf16",
+                wide=dtype == "bf16" and tile_rows >= 64,
+                targets=NVIDIA if precision == "tf32" else (),
+            )
