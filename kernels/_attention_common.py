@@ -30,6 +30,13 @@ def _segment(offsets, index):
 
 
 @triton.jit
+def _query_base(q, query_first, head, row_stride, head_stride, SHARES_QUERIES: tl.constexpr):
+    """Where a segment's queries of one head begin; with SHARES_QUERIES all segments have the same."""
+    base = q + head.to(tl.int64) * head_stride
+    return base if SHARES_QUERIES else base + query_first * row_stride
+
+
+@triton.jit
 def _tile_pointers(base, first_row, length, row_stride, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Pointers and mask of BLOCK rows of one head of one segment, padded to a power of two columns."""
     rows = tl.arange(0, BLOCK)  # [BLOCK]
@@ -151,3 +158,8 @@ def readable(*tensors: Tensor) -> list[Tensor]:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; this makes it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def before_sm90(tensor: Tensor) -> bool:
+    """Whether the tensor lies on an NVIDIA GPU older than Hopper, for whose compiler a few configurations are smaller."""
+    return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (9, 0)

@@ -78,8 +78,9 @@ def compile_report(case: CompileCase, target: GPUTarget) -> CompileReport:
         return _amd_report(compiled.asm["amdgcn"], compiled.metadata.shared)
     registers, stack = _nvidia_usage(compiled.asm["cubin"])
     spills = stack
-    if stack:
-        spills = _nvidia_usage(triton.compile(source, target=target, options={**case.options, "maxnreg": 255}).asm["cubin"])[1]
+    most = min(255, 65536 // (32 * compiled.metadata.num_warps))  # registers a thread can have
+    if stack and registers < most:
+        spills = _nvidia_usage(triton.compile(source, target=target, options={**case.options, "maxnreg": most}).asm["cubin"])[1]
     patterns = (r"wgmma\.mma_async", r"tcgen05\.mma\.", r"\bmma\.sync", r"cp\.async\.c[ag]")
     counts = (len(re.findall(pattern, compiled.asm["ptx"])) for pattern in patterns)
     return CompileReport(registers, stack, spills, compiled.metadata.shared, *counts)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import triton
 
-from ._configs import attention_configs
+from ._configs import POOL_CONFIGS, POOL_QUERIES, POOL_SM80, SMALL_ROWS, attention_configs
 from .attention_backward import _attention_backward_key_kernel, _attention_backward_query_kernel
 from .attention_forward import _attention_forward_kernel
+from .attention_pool import _attention_pool_backward_kernel, _attention_pool_forward_kernel
+from .attention_small import _attention_small_backward_kernel, _attention_small_forward_kernel
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every case of every kernel, in a fixed order."""
-    for cases in (_attention_cases,):
+    for cases in (_attention_cases, _attention_small_cases, _attention_pool_cases):
         yield from cases()
 
 
@@ -90,6 +92,7 @@ def _attention_cases() -> Iterator[CompileCase]:
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "HAS_CAUSAL": full,
+                "SHARES_QUERIES": False,
                 "INPUT_PRECISION": precision,
                 **({} if full else {"seed": None}),
             }
@@ -108,4 +111,79 @@ def _attention_cases() -> Iterator[CompileCase]:
                 matrix=dtype == "bf16",
                 wide=dtype == "bf16" and tile_rows >= 64,
                 targets=NVIDIA if precision == "tf32" else (),
+            )
+
+
+def _attention_small_cases() -> Iterator[CompileCase]:
+    """At the widest head a block serves; with causal edges and dropout, and for 16-bit with neither."""
+    for (kind, itemsize, head_dim), configs in SMALL_ROWS.items():
+        dtype = {2: "bf16", 4: "fp32"}[itemsize]
+        for config in configs:
+            for full in (True, False) if dtype == "bf16" else (True,):
+                yield CompileCase(
+                    "attention",
+                    f"small_{kind}",
+                    dtype,
+                    f"head_dim {head_dim}",
+                    f"{config.block}x{config.block} w{config.num_warps} s1",
+                    "causal dropout" if full else "plain",
+                    {"forward": _attention_small_forward_kernel, "backward": _attention_small_backward_kernel}[kind],
+                    {**dict.fromkeys(_ATTENTION_TENSORS, f"*{dtype}"), **_ATTENTION_TYPES},
+                    {
+                        "HEAD_DIM": head_dim,
+                        "BLOCK": config.block,
+                        "HAS_CAUSAL": full,
+                        "INPUT_PRECISION": "ieee",
+                        **({} if full else {"seed": None}),
+                    },
+                    config.options,
+                    matrix=dtype == "bf16",
+                    wide=dtype == "bf16" and config.block >= 64,
+                )
+
+
+# ------------------------------------------------------------------------------------------------------------------ pooling
+
+_POOL_KERNELS = {"forward": _attention_pool_forward_kernel, "backward": _attention_pool_backward_kernel}
+_POOL_TYPES = {
+    **dict.fromkeys(("query_sums", "dout_sums", "lse", "delta", "mean", "rstd", "dqueries"), "*fp32"),
+    **dict.fromkeys(("num_queries", "segments", "splits"), "i32"),
+    "offsets": "*i32",
+    "row_stride": "i32:16",
+    "eps": "fp32",
+}
+
+
+def _attention_pool_cases() -> Iterator[CompileCase]:
+    """At the widest part of a row that a program takes; with the norm, and for 16-bit also without."""
+    later = ("sm_90", "sm_100", "gfx942")
+    chosen = [(key, config, later if key in POOL_SM80 else ()) for key, config in POOL_CONFIGS.items()]
+    chosen += [(key, config, ("sm_80",)) for key, config in POOL_SM80.items()]
+    for (kind, itemsize), config, targets in chosen:
+        dtype = {2: "bf16", 4: "fp32"}[itemsize]
+        for has_norm in (True, False) if dtype == "bf16" else (True,):
+            parts, chunks = config.cut(config.columns)
+            absent = {} if has_norm else {"mean": None, "rstd": None, "query_sums": None, "dout_sums": None}
+            yield CompileCase(
+                "attention_pool",
+                kind,
+                dtype,
+                f"dim {config.columns}",
+                f"{config.block_n}x{config.block_k} w{config.num_warps} s1",
+                "norm" if has_norm else "plain",
+                _POOL_KERNELS[kind],
+                {**dict.fromkeys(("x", "queries", "out", "dout", "dx"), f"*{dtype}"), **_POOL_TYPES},
+                {
+                    "DIM": config.columns,
+                    "PARTS": parts,
+                    "CHUNKS": chunks,
+                    "BLOCK_N": config.block_n,
+                    "BLOCK_R": POOL_QUERIES,
+                    "BLOCK_K": config.block_k,
+                    "INPUT_PRECISION": "ieee",
+                    **{name: value for name, value in absent.items() if name in _POOL_KERNELS[kind].arg_names},
+                },
+                config.options,
+                matrix=dtype == "bf16",
+                targets=targets,
             )

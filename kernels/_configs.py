@@ -103,3 +103,86 @@ def attention_configs() -> Iterator[tuple[Kind, AttentionConfig, int, str]]:
         for head_dim in HEAD_DIMS:
             if attention_config(row.kind, head_dim, row.itemsize, row.max_seqlen_q) == row.config:
                 yield row.kind, row.config, head_dim, {2: "bf16", 4: "fp32"}[row.itemsize]
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """Segments of at most `block` rows, one per program and head."""
+
+    block: int
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch: there is no loop to pipeline."""
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+# (kernel, bytes per element, head_dim up to): configurations, smallest block first
+SMALL_ROWS: dict[tuple[str, int, int], tuple[SmallConfig, ...]] = {
+    ("forward", 2, 64): (SmallConfig(16, 1), SmallConfig(32, 2), SmallConfig(64, 4)),
+    ("backward", 2, 64): (SmallConfig(16, 1), SmallConfig(32, 2), SmallConfig(64, 4)),
+    ("forward", 2, 128): (SmallConfig(16, 2), SmallConfig(32, 4)),
+    ("backward", 2, 128): (SmallConfig(16, 2), SmallConfig(32, 4)),
+    ("forward", 4, 64): (SmallConfig(16, 4), SmallConfig(32, 8)),
+    ("backward", 4, 64): (SmallConfig(16, 4),),
+}
+
+
+def small_config(kind: Literal["forward", "backward"], head_dim: int, itemsize: int, max_seqlen: int) -> SmallConfig | None:
+    """The smallest block that holds whole segments of `max_seqlen` rows, or None where there is none."""
+    for (k, size, width), configs in SMALL_ROWS.items():
+        if k == kind and size == itemsize and head_dim <= width:
+            return next((config for config in configs if max_seqlen <= config.block), None)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------------- pooling
+
+POOL_QUERIES = 16  # of one program: the smallest side of a matrix instruction
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """block_n rows by chunks of block_k columns per program.
+
+    `columns`: how many of the width a program sums over rows. `programs`: in all, where segments are few.
+    """
+
+    block_n: int
+    block_k: int
+    columns: int
+    num_warps: int
+    programs: int = 264  # two for each of the 132 multiprocessors of an H100
+
+    def cut(self, dim: int) -> tuple[int, int]:
+        """Parts of the width, and chunks in each."""
+        parts = max(-(-dim // self.columns), 1)
+        return parts, -(-dim // (parts * self.block_k))
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch. No pipelining: it would hold the chunks of several tiles in shared memory."""
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+# (kernel, bytes per element). Registers per thread on sm_80 / sm_90 / sm_100 / gfx942 at all columns, with the norm.
+POOL_CONFIGS = {
+    ("forward", 2): PoolConfig(32, 128, 768, 8),  # 172 / 172 / 171 / 142
+    ("forward", 4): PoolConfig(16, 128, 768, 8),  # 206 / 190 / 172 / 120
+    ("backward", 2): PoolConfig(16, 128, 768, 8),  # - / 177 / 177 / 146; 32 rows spill
+    ("backward", 4): PoolConfig(16, 32, 128, 8),  # 242 / 244 / 244 / 168; 256 columns spill on sm_90
+}
+POOL_SM80 = {("backward", 2): PoolConfig(16, 128, 384, 8)}  # before sm_90 the compiler needs more registers: 768 columns spill
+
+
+def pool_config(kind: Literal["forward", "backward"], itemsize: int, before_sm90: bool = False) -> PoolConfig:
+    """The launch numbers of one pooling kernel.
+
+    Raises:
+        ValueError: a dtype that no kernel takes.
+    """
+    if (kind, itemsize) not in POOL_CONFIGS:
+        raise ValueError(f"pooling kernels take elements of 2 or 4 bytes; received {itemsize}.")
+    config = POOL_CONFIGS[kind, itemsize]
+    return POOL_SM80.get((kind, itemsize), config) if before_sm90 else config

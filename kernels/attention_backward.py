@@ -18,6 +18,7 @@ from ._attention_common import (
     _key_hash,
     _key_range,
     _load_tile,
+    _query_base,
     _query_hash,
     _query_range,
     _segment,
@@ -28,7 +29,8 @@ from ._attention_common import (
     readable,
     threshold_bits,
 )
-from ._configs import attention_config
+from ._configs import attention_config, small_config
+from .attention_small import attention_small_backward
 
 
 @triton.jit
@@ -77,7 +79,8 @@ def _attention_backward_query_kernel(
     # scalars
     softmax_scale, dropout_threshold,
     # constexpr
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAUSAL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAUSAL: tl.constexpr,
+    SHARES_QUERIES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     HAS_DROPOUT: tl.constexpr = seed is not None
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -91,7 +94,7 @@ def _attention_backward_query_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     scale_log2 = softmax_scale * LOG2_E
-    q_base = q + query_first * q_row_stride + head.to(tl.int64) * q_head_stride
+    q_base = _query_base(q, query_first, head, q_row_stride, q_head_stride, SHARES_QUERIES)
     q_tile = _load_tile(q_base, first_row, query_length, q_row_stride, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     dense_first = (query_first * num_heads + head) * HEAD_DIM  # out, dout and dq are dense
     dense_stride = num_heads * HEAD_DIM
@@ -175,7 +178,8 @@ def _attention_backward_key_kernel(
     # scalars
     softmax_scale, dropout_threshold,
     # constexpr
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAUSAL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAUSAL: tl.constexpr,
+    SHARES_QUERIES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     HAS_DROPOUT: tl.constexpr = seed is not None
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -206,7 +210,7 @@ def _attention_backward_key_kernel(
         first, full_first = _query_range(first_column, query_length, key_length, causal, BLOCK_M, BLOCK_N, HAS_CAUSAL)
         for member in range(group):
             head = key_head * group + member
-            q_base = q + query_first * q_row_stride + head.to(tl.int64) * q_head_stride
+            q_base = _query_base(q, query_first, head, q_row_stride, q_head_stride, SHARES_QUERIES)
             dout_base = dout + query_first * dense_stride + head * HEAD_DIM
             statistics = head.to(tl.int64) * rows_q + query_first
             dk_acc, dv_acc = _accumulate_dk_dv(
@@ -240,11 +244,13 @@ def attention_backward(
     key_edge_query: Tensor,
     key_edge_causal: Tensor,
     seed: Tensor | None,
+    rows_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
     dropout_p: float,
     has_causal: bool,
+    one_to_one: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward`'s out (dout) and lse (dlse, or None) with respect to q, k and v.
 
@@ -254,10 +260,18 @@ def attention_backward(
         The rest: as given to the forward.
 
     Returns:
-        dq, dk, dv: dense, in q's dtype. Zeros for rows that see no key and for keys that no row sees.
+        dq, dk, dv: dense, in q's dtype. Zeros for rows that see no key and for keys that no row sees. dq of shared queries is a
+        sum over the segments in their order.
     """
-    (rows_q, num_heads, head_dim), (rows_k, num_heads_k, _), dtype = q.shape, k.shape, q.dtype
+    (_, num_heads, head_dim), (rows_k, num_heads_k, _), dtype = q.shape, k.shape, q.dtype
+    shares_queries = q.shape[0] != rows_q
     (q,), (k, v) = readable(q), readable(k, v)
+    if one_to_one and not shares_queries and num_heads == num_heads_k and rows_q + rows_k:
+        small = small_config("backward", head_dim, q.element_size(), max(max_seqlen_q, max_seqlen_k))
+        if small is not None:
+            arguments = (query_offsets, key_offsets, edge_causal, seed, softmax_scale, dropout_p, has_causal, small)
+            grads = attention_small_backward(dout, dlse, q, k, v, out, lse, *arguments)
+            return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype)
     dout, out = (readable(t)[0].contiguous() for t in (dout, out))
     dlse = None if dlse is None else dlse.contiguous()
     dq = torch.empty((rows_q, num_heads, head_dim), dtype=q.dtype, device=q.device)
@@ -277,7 +291,7 @@ def attention_backward(
                 dq, delta,
                 num_heads, group, tiles, rows_q, *strides, *scalars,
                 HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_CAUSAL=has_causal,
-                INPUT_PRECISION=input_precision(q.dtype), **config.options,
+                SHARES_QUERIES=shares_queries, INPUT_PRECISION=input_precision(q.dtype), **config.options,
             )  # fmt: skip
     if dk.numel():
         config = attention_config("backward_key", *facts)
@@ -288,6 +302,8 @@ def attention_backward(
                 dk, dv,
                 num_heads_k, group, tiles, rows_q, *strides, *scalars,
                 HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_CAUSAL=has_causal,
-                INPUT_PRECISION=input_precision(q.dtype), **config.options,
+                SHARES_QUERIES=shares_queries, INPUT_PRECISION=input_precision(q.dtype), **config.options,
             )  # fmt: skip
+    if shares_queries:
+        dq = dq.view(-1, *q.shape).sum(0, dtype=torch.float32) if rows_q else torch.zeros_like(q)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)

@@ -19,6 +19,7 @@ from ._attention_common import (
     _key_hash,
     _key_range,
     _load_tile,
+    _query_base,
     _query_hash,
     _segment,
     _store_tile,
@@ -28,7 +29,8 @@ from ._attention_common import (
     readable,
     threshold_bits,
 )
-from ._configs import attention_config
+from ._configs import attention_config, small_config
+from .attention_small import attention_small_forward
 
 NO_KEY = tl.constexpr(-1.0e30)  # the running maximum before any key: finite, so that a row that sees none needs no special case
 
@@ -71,7 +73,8 @@ def _attention_forward_kernel(
     # scalars
     softmax_scale, dropout_threshold,
     # constexpr
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAUSAL: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAUSAL: tl.constexpr,
+    SHARES_QUERIES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     HAS_DROPOUT: tl.constexpr = seed is not None
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -85,7 +88,7 @@ def _attention_forward_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     scale_log2 = softmax_scale * LOG2_E
-    q_base = q + query_first * q_row_stride + head.to(tl.int64) * q_head_stride
+    q_base = _query_base(q, query_first, head, q_row_stride, q_head_stride, SHARES_QUERIES)
     q_tile = _load_tile(q_base, first_row, query_length, q_row_stride, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     key_head = (head // group).to(tl.int64) * k_head_stride
     query_hash = rows
@@ -125,21 +128,25 @@ def attention_forward(
     edge_key: Tensor,
     edge_causal: Tensor,
     seed: Tensor | None,
+    rows_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
     dropout_p: float,
     has_causal: bool,
+    one_to_one: bool,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the keys that each query segment's edges name.
 
     Args:
-        q: ``[rows_q, num_heads, head_dim]``; k, v: ``[rows_k, num_heads_k, head_dim]``. Views of a fused projection are read in place.
+        q: ``[rows_q, num_heads, head_dim]``, or the rows of one segment where all segments share them.
+        k, v: ``[rows_k, num_heads_k, head_dim]``. Views of a fused projection are read in place.
         query_offsets, key_offsets: int32 ``[segments + 1]``. edge_offsets, edge_key, edge_causal: int32 edges in compressed sparse
             rows by query segment.
         seed: int64 ``[1]``, read where `dropout_p` is above 0.
-        max_seqlen_q, max_seqlen_k: the longest segments, known on the host.
-        softmax_scale: above 0. dropout_p: in [0, 1). has_causal: whether any edge is causal.
+        rows_q: query rows of all segments. max_seqlen_q, max_seqlen_k: the longest segments, known on the host.
+        softmax_scale: above 0. dropout_p: in [0, 1). has_causal: whether any edge is causal. one_to_one: whether segment i reads
+            segment i and nothing else, which lets short segments take a kernel of their own.
 
     Returns:
         out ``[rows_q, num_heads, head_dim]`` in q's dtype, and lse fp32 ``[num_heads, rows_q]``, natural logarithm. A row that sees
@@ -150,9 +157,14 @@ def attention_forward(
     """
     if not softmax_scale > 0.0:
         raise ValueError(f"softmax_scale must be above 0; received {softmax_scale}.")
-    rows_q, num_heads, head_dim = q.shape
-    dtype = q.dtype
+    (_, num_heads, head_dim), dtype, shares_queries = q.shape, q.dtype, q.shape[0] != rows_q
     (q,), (k, v) = readable(q), readable(k, v)
+    if one_to_one and not shares_queries and num_heads == k.shape[1] and rows_q:
+        small = small_config("forward", head_dim, q.element_size(), max(max_seqlen_q, max_seqlen_k))
+        if small is not None:
+            arguments = (query_offsets, key_offsets, edge_causal, seed, softmax_scale, dropout_p, has_causal, small)
+            out, lse = attention_small_forward(q, k, v, *arguments)
+            return out.to(dtype), lse
     out = torch.empty((rows_q, num_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, rows_q), dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
@@ -167,6 +179,6 @@ def attention_forward(
             q.stride(0), q.stride(1), k.stride(0), k.stride(1),
             softmax_scale, threshold_bits(dropout_p),
             HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_CAUSAL=has_causal,
-            INPUT_PRECISION=input_precision(q.dtype), **config.options,
+            SHARES_QUERIES=shares_queries, INPUT_PRECISION=input_precision(q.dtype), **config.options,
         )  # fmt: skip
     return out.to(dtype), lse

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from vlp_fast.segments import AttentionPlan
+from vlp_fast.segments import AttentionPlan, Segments
 
-__all__ = ["attention", "dropout_keep", "multiway_layer_norm", "multiway_linear"]
+__all__ = ["attention", "attention_pool", "dropout_keep", "multiway_layer_norm", "multiway_linear"]
 
 _MASK32 = 0xFFFFFFFF
 
@@ -31,7 +31,7 @@ def attention(
     """softmax(scale q k^T) v over the keys that each query segment's edges name.
 
     Args:
-        q: ``[rows_q, num_heads, head_dim]``. k, v: ``[rows_k, num_heads_k, head_dim]``; `num_heads_k` divides `num_heads`, and
+        q: ``[plan.query_rows, num_heads, head_dim]``. k, v: ``[rows_k, num_heads_k, head_dim]``; `num_heads_k` divides `num_heads`, and
             query head h reads key head ``h * num_heads_k // num_heads``.
         plan: the graph; causal edges are aligned to the bottom right.
         softmax_scale: default ``head_dim ** -0.5``.
@@ -44,6 +44,8 @@ def attention(
         and -inf.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if plan.shares_queries:
+        q = q.repeat(len(plan.query), 1, 1)
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     out_parts, lse_parts = [], []
     edge_offsets, edge_key, edge_causal = (t.tolist() for t in (plan.edge_offsets, plan.edge_key, plan.edge_causal))
@@ -109,21 +111,35 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def multiway_linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: tuple[int, ...]) -> Tensor:
+def multiway_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: tuple[int, ...],
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]`` of `x` times the transpose of ``weight[e]``, plus ``bias[e]``.
 
     Args:
         x: ``[rows, in]``. weight: ``[num_experts, out, in]``. bias: ``[num_experts, out]`` or None.
         expert_offsets: ``num_experts + 1`` whole numbers from 0 to rows.
+        activation: None, or "gelu" (with erf): applied to the sums, in fp32 where they are 16-bit.
+        residual: ``[rows, out]`` or None, added at the end.
 
     Returns:
-        ``[rows, out]``.
+        ``[rows, out]``, in the wider of the dtypes of x and residual.
     """
     parts = []
     for e, (a, b) in enumerate(zip(expert_offsets[:-1], expert_offsets[1:], strict=True)):
         y = x[a:b] @ weight[e].T
         parts.append(y if bias is None else y + bias[e])
-    return torch.cat(parts)
+    out = torch.cat(parts)
+    if activation == "gelu":
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = (0.5 * wide * (1.0 + torch.erf(wide * math.sqrt(0.5)))).to(out.dtype)
+    return out if residual is None else out + residual
 
 
 def multiway_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, expert_offsets: tuple[int, ...], eps: float) -> Tensor:
@@ -138,3 +154,22 @@ def multiway_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, expert_offsets:
     for e, (a, b) in enumerate(zip(expert_offsets[:-1], expert_offsets[1:], strict=True)):
         parts.append(normal[a:b] * weight[e] + bias[e])
     return torch.cat(parts)
+
+
+def attention_pool(x: Tensor, queries: Tensor, segments: Segments, *, eps: float | None = None) -> Tensor:
+    """softmax(queries n^T) n for the rows n of each segment; n is x, or with `eps` LayerNorm of x without scale and shift.
+
+    Args:
+        x: ``[rows, dim]``. queries: ``[num_queries, dim]``. segments: of x's rows. eps: added to the variance.
+
+    Returns:
+        ``[segments, num_queries, dim]``; zeros for an empty segment.
+    """
+    if eps is not None:
+        centred = x - x.mean(-1, keepdim=True)
+        x = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    parts = []
+    for rows in x.split(list(segments.lengths)):
+        weights = torch.softmax(queries @ rows.T, -1)
+        parts.append(weights @ rows)
+    return torch.stack(parts) if parts else x.new_zeros(0, *queries.shape)

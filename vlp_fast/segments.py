@@ -169,6 +169,7 @@ class AttentionPlan:
         host_edges: int64 array ``[edges, 3]`` of (query segment, key segment, causal) in the order of `edge_key`, or None where
             the targets are known on the device only.
         facts: `PlanFacts`.
+        query_rows: rows of q, those of `query`; with `pooling` those of one segment, which all segments share.
         pairs: query-key pairs inside the edges' masks (the work of one head); for targets known on the device only, what it is
             when every edge reads the longest key segment.
     """
@@ -182,8 +183,10 @@ class AttentionPlan:
         host_edges: np.ndarray | None,
         facts: PlanFacts,
         pairs: int,
+        query_rows: int | None = None,
     ) -> None:
         self.query, self.key = query, key
+        self.query_rows = query.rows if query_rows is None else query_rows
         self.edge_offsets, self.edge_key, self.edge_causal = csr
         self.key_edge_offsets, self.key_edge_query, self.key_edge_causal = transposed
         self.host_edges, self.facts, self.pairs = host_edges, facts, pairs
@@ -198,6 +201,8 @@ class AttentionPlan:
         key_lengths: Segments | Iterable[int],
         edges: Iterable[tuple[int, int, bool]],
         device: torch.device | str | None = None,
+        *,
+        query_rows: int | None = None,
     ) -> AttentionPlan:
         """The general constructor: any graph of segments.
 
@@ -207,6 +212,7 @@ class AttentionPlan:
             edges: (query segment, key segment, causal) in any order; several edges per query segment are read in the order
                 given. A query segment without an edge yields zeros.
             device: where the plan's tensors live; default: the device of `Segments` given, else the CPU.
+            query_rows: rows of q where all query segments share them (see `pooling`), each being so long.
 
         Raises:
             ValueError: an edge outside the segments, or the same (query, key) pair twice.
@@ -241,6 +247,7 @@ class AttentionPlan:
             array,
             facts,
             _pairs(query, key, array),
+            query_rows,
         )
         if device.type == "cpu":  # what the CPU's backend reads; made here so that torch.compile finds it ready
             from vlp_fast.padding import padded_plan
@@ -290,6 +297,24 @@ class AttentionPlan:
         targets = np.arange(len(query)) if index is None else _int_array(index, "index")
         _check_index_size(targets.size, query)
         return cls.from_edges(query, key, np.stack([np.arange(len(query)), targets, np.zeros_like(targets)], 1))
+
+    @classmethod
+    def pooling(
+        cls, num_queries: int, key_lengths: Segments | Iterable[int], device: torch.device | str | None = None
+    ) -> AttentionPlan:
+        """The same `num_queries` rows of q read every key segment: attentional pooling with learned queries, held once.
+
+        q has `num_queries` rows, the result ``num_queries * len(key_lengths)``, one set per key segment.
+
+        Raises:
+            ValueError: num_queries below 1.
+        """
+        if num_queries < 1:
+            raise ValueError(f"num_queries must be at least 1; received {num_queries}.")
+        key = _segments(key_lengths, device)
+        query, index = Segments([num_queries] * len(key), key.device), np.arange(len(key))
+        edges = np.stack([index, index, np.zeros_like(index)], 1)
+        return cls.from_edges(query, key, edges, query_rows=num_queries)
 
     @classmethod
     def _device_cross_attention(cls, query: Segments, key: Segments, index: Tensor) -> AttentionPlan:
@@ -384,6 +409,11 @@ class AttentionPlan:
     def num_edges(self) -> int:
         return int(self.edge_key.shape[0])
 
+    @property
+    def shares_queries(self) -> bool:
+        """Whether all query segments are the same rows of q."""
+        return self.query_rows != self.query.rows
+
     def cu_seqlens(self) -> tuple[Tensor, Tensor, int, int]:
         """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) for a variable-length attention library.
 
@@ -403,7 +433,8 @@ class AttentionPlan:
         if self.host_edges is None:
             index = self.edge_key.to(device)
             return AttentionPlan.cross_attention(self.query.to(device), self.key.to(device), index)
-        return AttentionPlan.from_edges(self.query.to(device), self.key.to(device), self.host_edges)
+        rows = self.query_rows if self.shares_queries else None
+        return AttentionPlan.from_edges(self.query.to(device), self.key.to(device), self.host_edges, query_rows=rows)
 
     def __repr__(self) -> str:
         return f"AttentionPlan(query={self.query!r}, key={self.key!r}, edges={self.num_edges}, pairs={self.pairs})"

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from vlp_fast import reference
 from vlp_fast.kernels import _attention_common
+from vlp_fast.kernels import attention_backward as backward_module
+from vlp_fast.kernels import attention_forward as forward_module
 from vlp_fast.kernels.attention_backward import attention_backward
 from vlp_fast.kernels.attention_forward import attention_forward
 from vlp_fast.segments import AttentionPlan
@@ -42,11 +44,12 @@ PLANS = {
 class Case:
     """Inputs of one call, and what the reference makes of them in float64."""
 
-    def __init__(self, plan, heads=2, heads_k=2, head_dim=16, dtype=torch.float32, dropout_p=0.0, strided=False):
+    def __init__(self, plan, heads=2, heads_k=2, head_dim=16, dtype=torch.float32, dropout_p=0.0, strided=False, small=False):
+        self.one_to_one = small and plan.facts.one_to_one  # without `small` the kernels of any graph, with it those of one tile
         generator = torch.Generator().manual_seed(head_dim + plan.num_edges)
         self.plan, self.dtype, self.dropout_p, self.scale = plan, dtype, dropout_p, 1.3 * head_dim**-0.5
         self.seed = SEED.to(DEVICE)
-        rows_q, rows_k = plan.query.rows, plan.key.rows
+        rows_q, rows_k = plan.query_rows, plan.key.rows
 
         def random(*shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
@@ -60,12 +63,14 @@ class Case:
                 random(rows_k, heads_k, head_dim),
                 random(rows_k, heads_k, head_dim),
             )
+        rows_q = plan.query.rows
         self.dout, self.dlse = random(rows_q, heads, head_dim), random(heads, rows_q).float()
 
     @property
     def facts(self):
         facts = self.plan.facts
-        return self.seed, facts.max_seqlen_q, facts.max_seqlen_k, self.scale, self.dropout_p, facts.has_causal
+        lengths = self.plan.query.rows, facts.max_seqlen_q, facts.max_seqlen_k
+        return self.seed, *lengths, self.scale, self.dropout_p, facts.has_causal, self.one_to_one
 
     @property
     def edges(self):
@@ -121,6 +126,40 @@ def _poison():
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_attention_kernels_match_reference(plan):
     Case(plan()).check()
+
+
+SMALL_PLANS = {
+    "ragged self": lambda: AttentionPlan.self_attention([1, 16, 0, 7]),
+    "causal self": lambda: AttentionPlan.self_attention([17, 1, 30], causal=True),
+    "cross": lambda: AttentionPlan.cross_attention([5, 16, 0, 3], [9, 0, 4, 16]),
+    "causal, more keys": lambda: AttentionPlan.from_cu_seqlens([0, 5, 14], [0, 16, 30], causal=True),
+    "causal, more queries": lambda: AttentionPlan.from_cu_seqlens([0, 16, 30], [0, 5, 14], causal=True),
+}
+
+
+@pytest.mark.parametrize("plan", SMALL_PLANS.values(), ids=SMALL_PLANS.keys())
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_attention_small_kernels_match_reference(plan, dropout_p, monkeypatch):
+    launched = []
+    for module in (forward_module, backward_module):
+        name = f"attention_small_{module.__name__.rsplit('_', 1)[1]}"
+        monkeypatch.setattr(module, name, lambda *a, f=getattr(module, name), n=name: launched.append(n) or f(*a))
+    case = Case(plan(), dropout_p=dropout_p, small=True)
+    case.check()
+    small = max(case.plan.facts.max_seqlen_q, case.plan.facts.max_seqlen_k) <= 16
+    assert launched == ["attention_small_forward", *(["attention_small_backward"] if small else [])]
+
+
+@pytest.mark.parametrize("head_dim", [24, 96])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_attention_small_kernels_head_dim_and_dtype(head_dim, dtype):
+    Case(AttentionPlan.self_attention([3, 20], causal=True), head_dim=head_dim, dtype=dtype, small=True, strided=True).check()
+
+
+@pytest.mark.parametrize("plan", [([3, 0, 20], 5), ([17], 40), ([70, 2], 1), ([0], 3)], ids=str)
+def test_attention_kernels_shared_queries(plan):
+    lengths, queries = plan
+    Case(AttentionPlan.pooling(queries, lengths), head_dim=24).check()
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 80, 96])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlp_fast import AttentionPlan, Segments
 from vlp_fast.modules import AttentionalPooler, CrossAttention, MultiwayAttention, SelfAttention
@@ -161,14 +162,15 @@ class OpenClipPooler(nn.Module):
         return self.attn(q, k, k, key_padding_mask=padding, need_weights=False)[0]
 
 
+@pytest.mark.parametrize("n_queries", [1, 4])
 @pytest.mark.parametrize("context_dim", [DIM, 5])
-def test_pooler_is_open_clips_with_its_state_dict(context_dim):
-    module = randomise(AttentionalPooler(DIM, context_dim, HEADS, n_queries=4))
-    twin = OpenClipPooler(DIM, context_dim, HEADS, 4)
+def test_pooler_is_open_clips_with_its_state_dict(context_dim, n_queries):
+    module = randomise(AttentionalPooler(DIM, context_dim, HEADS, n_queries=n_queries))
+    twin = OpenClipPooler(DIM, context_dim, HEADS, n_queries)
     twin.load_state_dict(module.state_dict(), strict=True)
     x = torch.randn(sum(LENGTHS), context_dim, requires_grad=True)
     plan = module.plan(LENGTHS)
-    assert (plan.query.lengths, plan.key.lengths) == ((4, 4, 4), tuple(LENGTHS))
+    assert (plan.query.lengths, plan.key.lengths) == ((n_queries,) * 3, tuple(LENGTHS))
     out = module(x, plan)
     dout = torch.randn_like(out)
     out.backward(dout)
@@ -184,6 +186,41 @@ def test_pooler_is_open_clips_with_its_state_dict(context_dim):
         torch.testing.assert_close(gradients[name].grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("n_queries", [1, 3])
+@pytest.mark.parametrize("norm_layer", [nn.Identity, nn.RMSNorm, lambda d: nn.LayerNorm(d, elementwise_affine=False)])
+def test_pooler_takes_any_norm(n_queries, norm_layer):
+    module = randomise(AttentionalPooler(DIM, 5, HEADS, n_queries, norm_layer)).double()
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    dim, rows = DIM, module.ln_k(x)
+    weight_q, weight_kv = module.attn.weights()
+    bias = module.attn.in_proj_bias.split(dim)
+    q = nn.functional.linear(module.ln_q(module.query), weight_q, bias[0]).expand(2, -1, -1)
+    k = nn.functional.linear(rows, weight_kv[:dim], bias[1])
+    v = nn.functional.linear(rows, weight_kv[dim:], bias[2])
+    q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module(x), module.attn.out_proj(expected))
+
+
+@pytest.mark.parametrize("n_queries", [1, 4])
+def test_pooler_of_a_dense_batch_is_that_of_packed_rows(n_queries):
+    module = randomise(AttentionalPooler(DIM, 5, HEADS, n_queries))
+    x = torch.randn(3, 7, 5)
+    assert torch.equal(module(x).flatten(0, 1), module(x.flatten(0, 1), module.plan([7, 7, 7])))
+    with pytest.raises(ValueError, match="plan must be left out"):
+        module(x, module.plan([7, 7, 7]))
+    with pytest.raises(ValueError, match="packed rows need a plan"):
+        module(x.flatten(0, 1))
+
+
+def test_pooler_with_one_query_forms_neither_keys_nor_values():
+    """Its products are those of one query: far fewer than projecting every token to a key and a value."""
+    module = AttentionalPooler(96, 96, 8, 1)
+    with FlopCounterMode(display=False) as counter:
+        module(torch.randn(2, 200, 96))
+    assert counter.get_total_flops() < 0.2 * 2 * (400 * 96 * 2 * 96)
+
+
 def test_pooler_parameters_have_open_clips_names():
     always = ["attn.in_proj_bias", "attn.out_proj.bias", "attn.out_proj.weight"]
     always += ["ln_k.bias", "ln_k.weight", "ln_q.bias", "ln_q.weight", "query"]
@@ -192,10 +229,11 @@ def test_pooler_parameters_have_open_clips_names():
     assert sorted(separate.state_dict()) == sorted([*always, *(f"attn.{x}_proj_weight" for x in "qkv")])
 
 
-def test_pooler_of_an_empty_segment_gives_the_output_bias():
-    module = randomise(AttentionalPooler(DIM, 5, HEADS, 2))
+@pytest.mark.parametrize("n_queries", [1, 2])
+def test_pooler_of_an_empty_segment_gives_the_output_bias(n_queries):
+    module = randomise(AttentionalPooler(DIM, 5, HEADS, n_queries))
     out = module(torch.randn(3, 5), module.plan([0, 3]))
-    torch.testing.assert_close(out[:2], module.attn.out_proj.bias.expand(2, -1))
+    torch.testing.assert_close(out[:n_queries], module.attn.out_proj.bias.expand(n_queries, -1))
 
 
 def test_pooler_norm_layer_builds_both_norms():

@@ -34,12 +34,14 @@ def op_arguments(plan, qkv, seed=None, dropout_p=0.0):
         plan.key_edge_query,
         plan.key_edge_causal,
         seed,
+        plan.query.rows,
         plan.facts.max_seqlen_q,
         plan.facts.max_seqlen_k,
         plan.pairs,
         0.25,
         dropout_p,
         plan.facts.has_causal,
+        plan.facts.one_to_one,
     )
 
 
@@ -48,7 +50,7 @@ def op_arguments(plan, qkv, seed=None, dropout_p=0.0):
 def test_attention_forward_op_is_registered_right(dropout_p, plan, make_qkv, device):
     qkv = [x.requires_grad_() for x in make_qkv(plan, 2, 1)]
     seed = torch.tensor([3], device=device) if dropout_p else None
-    torch.library.opcheck(torch.ops.vlp_fast.attention_forward_v1.default, op_arguments(plan, qkv, seed, dropout_p))
+    torch.library.opcheck(torch.ops.vlp_fast.attention_forward_v2.default, op_arguments(plan, qkv, seed, dropout_p))
 
 
 @pytest.mark.slow
@@ -56,9 +58,9 @@ def test_attention_forward_op_is_registered_right(dropout_p, plan, make_qkv, dev
 def test_attention_backward_op_is_registered_right(with_dlse, plan, make_qkv, device):
     qkv = make_qkv(plan, 2, 1)
     arguments = op_arguments(plan, qkv)
-    out, lse = torch.ops.vlp_fast.attention_forward_v1(*arguments)
+    out, lse = torch.ops.vlp_fast.attention_forward_v2(*arguments)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) if with_dlse else None
-    torch.library.opcheck(torch.ops.vlp_fast.attention_backward_v1.default, (dout, dlse, *qkv, out, lse, *arguments[3:]))
+    torch.library.opcheck(torch.ops.vlp_fast.attention_backward_v2.default, (dout, dlse, *qkv, out, lse, *arguments[3:]))
 
 
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
@@ -67,13 +69,13 @@ def test_attention_fake_tensors_have_the_real_shapes_and_strides(layout, plan, m
     if layout == "permuted":
         qkv = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in qkv]
     arguments = op_arguments(plan, qkv)
-    real = torch.ops.vlp_fast.attention_forward_v1(*arguments)
+    real = torch.ops.vlp_fast.attention_forward_v2(*arguments)
     dout = torch.randn_like(real[0])
-    real = [*real, *torch.ops.vlp_fast.attention_backward_v1(dout, None, *qkv, *real, *arguments[3:])]
+    real = [*real, *torch.ops.vlp_fast.attention_backward_v2(dout, None, *qkv, *real, *arguments[3:])]
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-        out, lse = torch.ops.vlp_fast.attention_forward_v1(*fakes)
-        grads = torch.ops.vlp_fast.attention_backward_v1(mode.from_tensor(dout), None, *fakes[:3], out, lse, *fakes[3:])
+        out, lse = torch.ops.vlp_fast.attention_forward_v2(*fakes)
+        grads = torch.ops.vlp_fast.attention_backward_v2(mode.from_tensor(dout), None, *fakes[:3], out, lse, *fakes[3:])
     for fake, x in zip((out, lse, *grads), real, strict=True):
         assert (fake.shape, fake.stride(), fake.dtype) == (x.shape, x.stride(), x.dtype)
 

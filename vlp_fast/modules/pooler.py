@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.modules.attention import _check_heads
-from vlp_fast.ops import attention
-from vlp_fast.segments import AttentionPlan
+from vlp_fast.ops import attention, attention_only, attention_pool
+from vlp_fast.segments import AttentionPlan, Segments
 
 __all__ = ["AttentionalPooler"]
 
@@ -45,14 +46,16 @@ class _PoolerAttention(nn.Module):
 class AttentionalPooler(nn.Module):
     """n_queries learned queries attend to the tokens of each segment; no residual, no feed-forward.
 
-    Constructor and parameter names are open_clip's. The queries do not depend on the batch: they are normalised and projected once.
+    Constructor and parameter names are open_clip's. The queries do not depend on the batch: they are normalised and projected once,
+    and never repeated per sample. With one query, keys and values are never formed: key projection and norm fold into the query,
+    value projection and norm into its result (`vlp_fast.ops.attention_pool`), exactly.
 
     Args:
         d_model: width of the queries and the output. context_dim: width of the tokens. n_head: heads over d_model.
         n_queries: pooled rows per segment. norm_layer: builds the norms of queries and tokens. backend: as in `ops.attention`.
 
-    Shape: x ``[rows, context_dim]``, plan ``AttentionPlan.cross_attention([n_queries] * n, token_lengths)`` ->
-    ``[n * n_queries, d_model]``.
+    Shape: x ``[rows, context_dim]`` with ``plan(token_lengths)`` -> ``[n * n_queries, d_model]``; or, as open_clip calls it,
+        x ``[batch, tokens, context_dim]`` alone -> ``[batch, n_queries, d_model]``.
     """
 
     def __init__(
@@ -73,15 +76,57 @@ class AttentionalPooler(nn.Module):
         self.ln_q = norm_layer(d_model)
         self.ln_k = norm_layer(context_dim)
 
-    def plan(self, token_lengths: list[int] | tuple[int, ...], device: torch.device | str | None = None) -> AttentionPlan:
+    def plan(self, token_lengths: Segments | Iterable[int], device: torch.device | str | None = None) -> AttentionPlan:
         """The plan this module's forward takes for segments of these lengths."""
-        return AttentionPlan.cross_attention([self.n_queries] * len(token_lengths), token_lengths, device=device)
+        return AttentionPlan.pooling(self.n_queries, token_lengths, device)
 
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
+        if x.dim() == 3:
+            if plan is not None:
+                raise ValueError("plan must be left out for x of [batch, tokens, context_dim]; it belongs to packed rows.")
+            dense = _dense_plan(self.n_queries, x.shape[0], x.shape[1], x.device)
+            return self(x.flatten(0, 1), dense).unflatten(0, (x.shape[0], self.n_queries))
+        if plan is None:
+            raise ValueError("packed rows need a plan: pooler(x, pooler.plan(token_lengths)).")
         weight_q, weight_kv = self.attn.weights()
         dim = weight_q.shape[0]
         bias_q, bias_kv = self.attn.in_proj_bias[:dim], self.attn.in_proj_bias[dim:]
-        q = F.linear(self.ln_q(self.query), weight_q, bias_q).repeat(len(plan.query), 1)  # [n * n_queries, d_model]
-        k, v = F.linear(self.ln_k(x), weight_kv, bias_kv).unflatten(1, (2, self.n_head, -1)).unbind(1)
-        out = attention(q.unflatten(1, (self.n_head, -1)), k, v, plan, backend=self.backend)
-        return self.attn.out_proj(out.flatten(1))
+        q = F.linear(self.ln_q(self.query), weight_q, bias_q).unflatten(1, (self.n_head, -1))  # [n_queries, n_head, head_dim]
+        if self.n_queries == 1:
+            pooled = self._pool_one(x, plan, q[0], weight_kv[:dim], weight_kv[dim:], bias_kv[dim:])
+        else:
+            k, v = F.linear(self.ln_k(x), weight_kv, bias_kv).unflatten(1, (2, self.n_head, -1)).unbind(1)
+            pooled = attention(q, k, v, plan, backend=self.backend).flatten(1)
+        return self.attn.out_proj(pooled)
+
+    def _pool_one(
+        self, x: Tensor, plan: AttentionPlan, q: Tensor, weight_k: Tensor, weight_v: Tensor, bias_v: Tensor
+    ) -> Tensor:
+        """Attention of one query ``[n_head, head_dim]`` -> ``[segments, d_model]``.
+
+        A key is ``W_k n(x) + b_k`` with ``n(x) = gamma * normal(x) + beta``: of the score, ``gamma * W_k^T q`` meets the row and the
+        rest is the same for all rows. The weights sum to 1, so the value projection and the norm's affine part follow the average.
+        """
+        norm = self.ln_k if isinstance(self.ln_k, nn.LayerNorm) else None
+        gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+        queries = torch.einsum("he,hec->hc", q * q.shape[1] ** -0.5, weight_k.unflatten(0, q.shape))  # [n_head, context_dim]
+        backend = None if attention_only(self.backend) else self.backend
+        pooled = attention_pool(
+            x if norm is not None else self.ln_k(x),
+            (queries if gamma is None else queries * gamma).to(x.dtype),
+            plan.key,
+            eps=None if norm is None else norm.eps,
+            backend=backend,
+        )  # [segments, n_head, context_dim]
+        pooled = pooled if gamma is None else pooled * gamma
+        pooled = pooled if beta is None else pooled + beta
+        values = torch.einsum("nhc,hec->nhe", pooled.to(weight_v.dtype), weight_v.unflatten(0, q.shape)).flatten(1) + bias_v
+        if 0 in plan.key.lengths:  # nothing is read there, not even beta and the bias
+            present = torch.tensor([length > 0 for length in plan.key.lengths], device=values.device)
+            values = values.masked_fill(~present[:, None], 0.0)
+        return values
+
+
+@lru_cache(maxsize=32)
+def _dense_plan(n_queries: int, batch: int, tokens: int, device: torch.device) -> AttentionPlan:
+    return AttentionPlan.pooling(n_queries, [tokens] * batch, device)

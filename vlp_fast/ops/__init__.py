@@ -1,8 +1,16 @@
 """Operations on packed rows: each checks its arguments, chooses a backend and runs a registered torch op."""
 
-from vlp_fast.ops._backends import BACKENDS, BackendStatus, backend_status, choose_backend, default_backend
+from vlp_fast.ops._backends import (
+    BACKENDS,
+    BackendStatus,
+    attention_only,
+    backend_status,
+    choose_backend,
+    default_backend,
+)
 from vlp_fast.ops._flops import register_cpu_attention_flops
 from vlp_fast.ops.attention import attention
+from vlp_fast.ops.attention_pool import attention_pool
 from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
 
 register_cpu_attention_flops()
@@ -11,6 +19,8 @@ __all__ = [
     "BACKENDS",
     "BackendStatus",
     "attention",
+    "attention_only",
+    "attention_pool",
     "backend_status",
     "choose_backend",
     "default_backend",

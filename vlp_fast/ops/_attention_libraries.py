@@ -38,6 +38,8 @@ def attention(
         raise NotImplementedError(
             f"backend {backend!r} does not return the log-sum-exp with a gradient; use 'triton' or 'torch'."
         )
+    if plan.shares_queries:  # neither library reads one set of queries for many sequences
+        q = q.repeat(len(plan.query), 1, 1)
     run = _flash_attn if backend == "flash_attn" else _xformers
     return run(q, k, v, plan, scale, dropout_p)
 

@@ -28,7 +28,10 @@ def attention(
     padded = padded_plan(plan)
     outs, lses = [], []
     for bucket in padded.buckets:
-        qb = _pack(q, bucket.query_rows, bucket.query_start, bucket.groups, bucket.seqlen_q)
+        if plan.shares_queries:
+            qb = q.transpose(0, 1).expand(bucket.groups, -1, -1, -1)
+        else:
+            qb = _pack(q, bucket.query_rows, bucket.query_start, bucket.groups, bucket.seqlen_q)
         kb = _pack(k, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
         vb = _pack(v, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
         if dropout_p > 0.0 or return_lse:

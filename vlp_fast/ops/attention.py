@@ -63,7 +63,8 @@ def attention(
     Equivalent to: `vlp_fast.reference.attention`.
 
     Args:
-        q: ``[rows_q, num_heads, head_dim]``, packed by ``plan.query``. Strided views (of one fused qkv buffer) are not copied.
+        q: ``[rows_q, num_heads, head_dim]``, packed by ``plan.query``; with ``AttentionPlan.pooling`` the rows that all segments
+            share, ``[plan.query_rows, ...]``. Strided views (of one fused qkv buffer) are not copied.
         k, v: ``[rows_k, num_heads_k, head_dim]``, packed by ``plan.key``; `num_heads_k` divides `num_heads` (multi-query: 1).
         plan: who reads whom. Causal edges are aligned to the bottom right: the last query row reads all keys.
         softmax_scale: above 0; default ``head_dim ** -0.5``.
@@ -108,12 +109,14 @@ def attention(
         plan.key_edge_query,
         plan.key_edge_causal,
         seed,
+        plan.query.rows,
         plan.facts.max_seqlen_q,
         plan.facts.max_seqlen_k,
         plan.pairs,
         scale,
         dropout_p,
         plan.facts.has_causal,
+        plan.facts.one_to_one,
     )
     return (out, lse) if return_lse else out
 
@@ -136,10 +139,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, d
         raise ValueError(f"q and k must have the same head_dim; received {q.shape[2]} and {k.shape[2]}.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"num_heads_k must divide num_heads; received {k.shape[1]} key heads for {q.shape[1]} query heads.")
-    for name, tensor, segments in (("q", q, plan.query), ("k", k, plan.key)):
-        if tensor.shape[0] != segments.rows:
+    for name, tensor, rows in (("q", q, plan.query_rows), ("k", k, plan.key.rows)):
+        if tensor.shape[0] != rows:
             raise ValueError(
-                f"{name} must hold the rows of the plan's segments; it has {tensor.shape[0]} rows, the segments {segments.rows}."
+                f"{name} must hold the rows of the plan's segments; it has {tensor.shape[0]} rows, the segments {rows}."
             )
     if not scale > 0.0:
         raise ValueError(f"softmax_scale must be above 0; received {scale}.")
@@ -154,7 +157,7 @@ def _check_triton(q: Tensor) -> None:
         raise ValueError(f"backend 'triton' needs a head_dim that is {HEAD_DIMS}; received {q.shape[2]}.")
 
 
-@torch.library.custom_op("vlp_fast::attention_forward_v1", mutates_args=())
+@torch.library.custom_op("vlp_fast::attention_forward_v2", mutates_args=())
 def _attention_forward(
     q: Tensor,
     k: Tensor,
@@ -168,12 +171,14 @@ def _attention_forward(
     key_edge_query: Tensor,
     key_edge_causal: Tensor,
     seed: Tensor | None,
+    rows_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     pairs: int,
     softmax_scale: float,
     dropout_p: float,
     has_causal: bool,
+    one_to_one: bool,
 ) -> tuple[Tensor, Tensor]:
     from vlp_fast.kernels.attention_forward import attention_forward
 
@@ -187,20 +192,23 @@ def _attention_forward(
         edge_key,
         edge_causal,
         seed,
+        rows_q,
         max_seqlen_q,
         max_seqlen_k,
         softmax_scale,
         dropout_p,
         has_causal,
+        one_to_one,
     )
 
 
 @_attention_forward.register_fake
 def _(q, k, v, *plan_and_scalars):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    rows_q = plan_and_scalars[9]
+    return q.new_empty((rows_q, *q.shape[1:])), q.new_empty((q.shape[1], rows_q), dtype=torch.float32)
 
 
-@torch.library.custom_op("vlp_fast::attention_backward_v1", mutates_args=())
+@torch.library.custom_op("vlp_fast::attention_backward_v2", mutates_args=())
 def _attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -218,12 +226,14 @@ def _attention_backward(
     key_edge_query: Tensor,
     key_edge_causal: Tensor,
     seed: Tensor | None,
+    rows_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     pairs: int,
     softmax_scale: float,
     dropout_p: float,
     has_causal: bool,
+    one_to_one: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from vlp_fast.kernels.attention_backward import attention_backward
 
@@ -244,11 +254,13 @@ def _attention_backward(
         key_edge_query,
         key_edge_causal,
         seed,
+        rows_q,
         max_seqlen_q,
         max_seqlen_k,
         softmax_scale,
         dropout_p,
         has_causal,
+        one_to_one,
     )
 
 
@@ -258,15 +270,15 @@ def _(dout, dlse, q, k, v, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *plan, seed, max_seqlen_q, max_seqlen_k, pairs, scale, dropout_p, has_causal = inputs
-    ctx.save_for_backward(q, k, v, *output, *plan, seed)
-    ctx.scalars = (max_seqlen_q, max_seqlen_k, pairs, scale, dropout_p, has_causal)
+    q, k, v, *plan_and_seed = inputs[:12]
+    ctx.save_for_backward(q, k, v, *output, *plan_and_seed)
+    ctx.scalars = inputs[12:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
     q, k, v, out, lse, *plan_and_seed = ctx.saved_tensors
-    nothing = (None,) * 15
+    nothing = (None,) * 17
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
     dout = torch.zeros_like(out) if dout is None else dout
@@ -277,15 +289,15 @@ def _backward(ctx, dout, dlse):
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.vlp_fast.attention_forward_v1)
+@register_flop_formula(torch.ops.vlp_fast.attention_forward_v2)
 def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     """Two products over the pairs inside the edges' masks, 2 FLOPs a multiply-add."""
-    pairs = args[11]
+    pairs = args[12]
     return 4 * pairs * q_shape[1] * q_shape[2]
 
 
-@register_flop_formula(torch.ops.vlp_fast.attention_backward_v1)
+@register_flop_formula(torch.ops.vlp_fast.attention_backward_v2)
 def _backward_flops(dout_shape, dlse_shape, q_shape, *args, out_shape=None, **kwargs) -> int:
     """Five products by convention (scores again, dv, dp, dq, dk); the two-kernel backward forms two of them twice."""
-    pairs = args[15]
+    pairs = args[16]
     return 10 * pairs * q_shape[1] * q_shape[2]
