@@ -7,11 +7,31 @@ from dataclasses import dataclass, field
 
 import triton
 
-from ._configs import POOL_CONFIGS, POOL_QUERIES, POOL_SM80, SMALL_ROWS, attention_configs
+from ._configs import (
+    CROSS_ENTROPY_CONFIGS,
+    ELEMENTWISE,
+    GELU_BLOCK,
+    MULTIWAY_LINEAR_ROWS,
+    MULTIWAY_NORM_ROWS,
+    NORM_REDUCE_COLUMNS,
+    NORM_REDUCE_ROWS,
+    POOL_CONFIGS,
+    POOL_QUERIES,
+    POOL_SM80,
+    SMALL_ROWS,
+    attention_configs,
+)
 from .attention_backward import _attention_backward_key_kernel, _attention_backward_query_kernel
 from .attention_forward import _attention_forward_kernel
 from .attention_pool import _attention_pool_backward_kernel, _attention_pool_forward_kernel
 from .attention_small import _attention_small_backward_kernel, _attention_small_forward_kernel
+from .linear_cross_entropy import _cross_entropy_rows_kernel
+from .multiway_layer_norm import (
+    _multiway_layer_norm_backward_kernel,
+    _multiway_layer_norm_kernel,
+    _multiway_layer_norm_reduce_kernel,
+)
+from .multiway_linear import _gelu_backward_kernel, _multiway_linear_kernel, _multiway_linear_weight_kernel
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,14 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every case of every kernel, in a fixed order."""
-    for cases in (_attention_cases, _attention_small_cases, _attention_pool_cases):
+    for cases in (
+        _attention_cases,
+        _attention_small_cases,
+        _attention_pool_cases,
+        _multiway_linear_cases,
+        _multiway_norm_cases,
+        _linear_cross_entropy_cases,
+    ):
         yield from cases()
 
 
@@ -187,3 +214,125 @@ def _attention_pool_cases() -> Iterator[CompileCase]:
                 matrix=dtype == "bf16",
                 targets=targets,
             )
+
+
+# ------------------------------------------------------------------------------------------------------ linear_cross_entropy
+
+
+def _linear_cross_entropy_cases() -> Iterator[CompileCase]:
+    """Loss with gradient, and the gradient alone."""
+    for vocab_size, config in CROSS_ENTROPY_CONFIGS.items():
+        for dtype in ("bf16", "fp32"):
+            for flags in ("loss gradient", "gradient"):
+                yield CompileCase(
+                    "linear_cross_entropy",
+                    "rows",
+                    dtype,
+                    f"{min(vocab_size, 49408)} words",
+                    f"{config.block} w{config.num_warps} s3",
+                    flags,
+                    _cross_entropy_rows_kernel,
+                    {
+                        "logits": f"*{dtype}",
+                        "targets": "*i64",
+                        **dict.fromkeys(("scale", "given_lse", "loss", "lse"), "*fp32"),
+                        "vocab_size": "i32",
+                        "row_stride": "i32",
+                        "label_smoothing": "fp32",
+                    },
+                    {"BLOCK": config.block, **({"given_lse": None} if flags == "loss gradient" else {})},
+                    config.options,
+                    matrix=False,
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------- multiway
+
+_LINEAR_TYPES = {
+    **dict.fromkeys(("num_experts", "tiles_m", "tiles_n", "tiles_k"), "i32"),
+    **dict.fromkeys(("width", "depth", "x_row_stride", "residual_row_stride", "dout_row_stride"), "i32:16"),
+    "offsets": "*i32",
+}
+_LINEAR_TENSORS = ("x", "weight", "bias", "residual", "out", "pre", "dout", "dweight", "dbias", "dpre")
+
+
+def _multiway_linear_cases() -> Iterator[CompileCase]:
+    """The forward with every epilogue, the gradient of x, which reads the weight across, and that of the weight with the bias's.
+
+    Sizes that are whole tiles, as those of the models, and for 16-bit also ragged ones, which are masked.
+    """
+    for (kind, itemsize), rows in MULTIWAY_LINEAR_ROWS.items():
+        dtype = {2: "bf16", 4: "fp32"}[itemsize]
+        for _, config in rows:
+            for transposed in (False, True) if kind == "product" else (False,):
+                for even, precision in (
+                    [(True, "ieee"), (False, "ieee")] if dtype == "bf16" else [(True, "ieee"), (True, "tf32")]
+                ):
+                    shape = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+                    constexprs = {**shape, "EVEN_N": even, "EVEN_K": even, "INPUT_PRECISION": precision}
+                    types = {**dict.fromkeys(_LINEAR_TENSORS, f"*{dtype}"), **_LINEAR_TYPES}
+                    if kind == "weight":
+                        constexprs["GROUP_N"] = config.group
+                    elif transposed:
+                        absent = dict.fromkeys(("bias", "residual", "pre"))
+                        constexprs |= {"GROUP_M": config.group, "IS_GELU": False, "weight_column_stride": 1, **absent}
+                        types["weight_depth_stride"] = "i32:16"
+                    else:
+                        constexprs |= {"GROUP_M": config.group, "IS_GELU": True, "weight_depth_stride": 1}
+                        types["weight_column_stride"] = "i32:16"
+                    yield CompileCase(
+                        "multiway_linear",
+                        "dx" if transposed else {"product": "forward", "weight": "dweight"}[kind],
+                        dtype,
+                        "whole tiles" if even else "ragged",
+                        f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}",
+                        precision,
+                        _multiway_linear_weight_kernel if kind == "weight" else _multiway_linear_kernel,
+                        types,
+                        constexprs,
+                        config.options,
+                        matrix=dtype == "bf16",
+                        wide=dtype == "bf16",
+                        targets=NVIDIA if precision == "tf32" else (),
+                    )
+    yield CompileCase(
+        "multiway_linear",
+        "gelu backward",
+        "bf16",
+        "any",
+        f"{GELU_BLOCK} w4",
+        "plain",
+        _gelu_backward_kernel,
+        {**dict.fromkeys(_LINEAR_TENSORS, "*bf16"), **_LINEAR_TYPES},
+        {"BLOCK": GELU_BLOCK},
+        ELEMENTWISE,
+        matrix=False,
+    )
+
+
+_NORM_TYPES = {
+    **dict.fromkeys(("mean", "rstd", "partial"), "*fp32"),
+    **dict.fromkeys(("num_experts", "rows_per_program"), "i32"),
+    **dict.fromkeys(("x_row_stride", "dout_row_stride", "dim"), "i32:16"),
+    "offsets": "*i32",
+    "eps": "fp32",
+}
+
+
+def _multiway_norm_cases() -> Iterator[CompileCase]:
+    """The widest row of each configuration, and 768, in the widest dtype."""
+    types = {**dict.fromkeys(("x", "weight", "bias", "out", "dout", "dx", "dweight", "dbias"), "*fp32"), **_NORM_TYPES}
+    kernels = {"forward": _multiway_layer_norm_kernel, "backward": _multiway_layer_norm_backward_kernel}
+    for widest, config in MULTIWAY_NORM_ROWS:
+        for dim in (768, widest) if widest == 1024 else (widest,):
+            for kind, kernel in kernels.items():
+                launch = f"w{config.num_warps} s1"
+                yield CompileCase(
+                    "multiway_layer_norm", kind, "fp32", f"dim {dim}", launch, "plain", kernel, types, {"DIM": dim}, config.options,
+                    matrix=False,
+                )  # fmt: skip
+    blocks = {"BLOCK_M": NORM_REDUCE_ROWS, "BLOCK_N": NORM_REDUCE_COLUMNS}
+    yield CompileCase(
+        "multiway_layer_norm", "reduce", "fp32", "any", f"{NORM_REDUCE_ROWS}x{NORM_REDUCE_COLUMNS} w4", "plain",
+        _multiway_layer_norm_reduce_kernel, types, blocks, ELEMENTWISE, matrix=False,
+    )  # fmt: skip

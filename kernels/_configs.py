@@ -121,7 +121,7 @@ class SmallConfig:
 # (kernel, bytes per element, head_dim up to): configurations, smallest block first
 SMALL_ROWS: dict[tuple[str, int, int], tuple[SmallConfig, ...]] = {
     ("forward", 2, 64): (SmallConfig(16, 1), SmallConfig(32, 2), SmallConfig(64, 4)),
-    ("backward", 2, 64): (SmallConfig(16, 1), SmallConfig(32, 2), SmallConfig(64, 4)),
+    ("backward", 2, 64): (SmallConfig(16, 1), SmallConfig(32, 2), SmallConfig(64, 8)),
     ("forward", 2, 128): (SmallConfig(16, 2), SmallConfig(32, 4)),
     ("backward", 2, 128): (SmallConfig(16, 2), SmallConfig(32, 4)),
     ("forward", 4, 64): (SmallConfig(16, 4), SmallConfig(32, 8)),
@@ -186,3 +186,120 @@ def pool_config(kind: Literal["forward", "backward"], itemsize: int, before_sm90
         raise ValueError(f"pooling kernels take elements of 2 or 4 bytes; received {itemsize}.")
     config = POOL_CONFIGS[kind, itemsize]
     return POOL_SM80.get((kind, itemsize), config) if before_sm90 else config
+
+
+# ------------------------------------------------------------------------------------------------------------------- multiway
+
+# Kernels that wait for memory only. At most 40 registers, no shared memory but 1 KB.
+GELU_BLOCK = 1024  # columns of one program of the GELU's backward
+NORM_REDUCE_ROWS, NORM_REDUCE_COLUMNS = 32, 64  # of the partial sums of a norm's backward
+ELEMENTWISE: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """A tile of block_m rows by block_n columns, in steps of block_k. In the gradient of a weight the steps are block_m rows and the
+    tile is block_n by block_k. `group`: tiles of rows that go through all columns together.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+# (kernel, bytes per element) -> (longest run of an expert, config), the first that fits. The figures: registers per thread on sm_80 /
+# sm_90 / sm_100 / gfx942 with every epilogue, whole tiles, and shared memory on sm_90 / gfx942, Triton 3.9.0; none of these spills.
+MULTIWAY_LINEAR_ROWS = {
+    ("product", 2): (
+        # 240 / 226 / 178 / 150, 72 / 48 KB. Captions alone: a 128-row tile would be half empty.
+        (64, LinearConfig(64, 128, 64, 4, 3)),
+        # 242 / 228 / 174 / 136, 96 / 64 KB, all that gfx942 has. Without epilogues 192 / 114 / 90 / 120.
+        (ANY_LENGTH, LinearConfig(128, 128, 64, 8, 3)),
+    ),
+    # 106 / 80 / 80 / 56, 16 / 16 KB.
+    ("product", 4): ((ANY_LENGTH, LinearConfig(64, 64, 16, 8, 2)),),
+    # 164 / 154 / 120 / 167, 82 / 48 KB.
+    ("weight", 2): ((ANY_LENGTH, LinearConfig(64, 128, 128, 8, 3)),),
+    # 80 / 63 / 68 / 56, 16 / 8 KB.
+    ("weight", 4): ((ANY_LENGTH, LinearConfig(16, 64, 64, 8, 2)),),
+}
+
+
+def multiway_linear_config(kind: Literal["product", "weight"], itemsize: int, longest_run: int) -> LinearConfig:
+    """The launch numbers of a grouped product whose longest expert has `longest_run` rows.
+
+    Raises:
+        ValueError: a dtype that no kernel takes.
+    """
+    if (kind, itemsize) not in MULTIWAY_LINEAR_ROWS:
+        raise ValueError(f"multiway kernels take elements of 2 or 4 bytes; received {itemsize}.")
+    return next(config for most, config in MULTIWAY_LINEAR_ROWS[kind, itemsize] if longest_run <= most)
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """One row per block of num_warps, a row after another; `programs` in all where there are rows enough."""
+
+    num_warps: int
+    programs: int = 1056  # eight for each of the 132 multiprocessors of an H100
+
+    def rows_per_program(self, rows: int) -> int:
+        """Rows that one program takes; a power of two, so that few values occur."""
+        return 1 << max(-(-rows // self.programs) - 1, 0).bit_length()
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+# Widest row of a configuration. Registers of the backward in fp32 at that width: at most 72, 127 and 128 on sm_80, sm_90 and sm_100, 60 on
+# gfx942.
+MULTIWAY_NORM_ROWS = ((1024, NormConfig(4)), (4096, NormConfig(8)), (8192, NormConfig(16)))
+
+
+def multiway_norm_config(dim: int) -> NormConfig:
+    """The launch numbers of the norms of rows of `dim` columns.
+
+    Raises:
+        ValueError: a row that does not fit one block.
+    """
+    for widest, config in MULTIWAY_NORM_ROWS:
+        if dim <= widest:
+            return config
+    raise ValueError(f"multiway norms take rows of up to {MULTIWAY_NORM_ROWS[-1][0]} columns; received {dim}.")
+
+
+# ------------------------------------------------------------------------------------------------------- linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class CrossEntropyConfig:
+    """`block` words of a row at a time."""
+
+    block: int
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": 3, "enable_fp_fusion": True}
+
+
+CROSS_ENTROPY_CONFIGS = {
+    1024: CrossEntropyConfig(1024, 4),
+    ANY_LENGTH: CrossEntropyConfig(8192, 16),
+}  # vocabulary up to: config
+
+
+def cross_entropy_config(vocab_size: int) -> CrossEntropyConfig:
+    """The launch numbers for rows of so many words."""
+    return next(config for words, config in CROSS_ENTROPY_CONFIGS.items() if vocab_size <= words)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlp_fast.segments import AttentionPlan, Segments
 
-__all__ = ["attention", "attention_pool", "dropout_keep", "multiway_layer_norm", "multiway_linear"]
+__all__ = ["attention", "attention_pool", "dropout_keep", "linear_cross_entropy", "multiway_layer_norm", "multiway_linear"]
 
 _MASK32 = 0xFFFFFFFF
 
@@ -173,3 +173,32 @@ def attention_pool(x: Tensor, queries: Tensor, segments: Segments, *, eps: float
         weights = torch.softmax(queries @ rows.T, -1)
         parts.append(weights @ rows)
     return torch.stack(parts) if parts else x.new_zeros(0, *queries.shape)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of ``hidden[rows] @ weight.T + bias`` against a word per row.
+
+    Args:
+        hidden: ``[n, dim]``. weight: ``[vocab_size, dim]``. targets: int64, a word per row that enters, or `ignore_index`.
+        bias: ``[vocab_size]`` or None. rows: int64 or None for all. label_smoothing: share of the target spread over all words.
+        reduction: "mean" over the rows that have a target (0 where none has), "sum" or "none".
+    """
+    logits = (hidden if rows is None else hidden[rows]) @ weight.T
+    log_probabilities = torch.log_softmax(logits if bias is None else logits + bias, -1)
+    valid = targets != ignore_index
+    picked = log_probabilities.gather(1, targets.where(valid, 0)[:, None])[:, 0]
+    losses = -(1.0 - label_smoothing) * picked - label_smoothing * log_probabilities.mean(-1)
+    losses = losses.where(valid, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)

@@ -10,7 +10,7 @@ Dimensions: samples, N = image tokens (class token first), dim, V words, C visua
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,18 +83,26 @@ class Beit3Layer(nn.Module):
     def __init__(self, config: Beit3Config, drop_path: float) -> None:
         super().__init__()
         dim, eps = config.dim, config.eps
-        self.attention_norm = MultiwayLayerNorm(dim, eps=eps)
+        self.attention_norm = MultiwayLayerNorm(dim, eps=eps, backend=config.backend)
         self.attention = MultiwayAttention(dim, config.num_heads, inner_eps=eps, backend=config.backend)
-        self.ffn_norm = MultiwayLayerNorm(dim, eps=eps)
-        self.ffn = MultiwayFFN(dim, config.hidden_dim, eps=eps)
+        self.ffn_norm = MultiwayLayerNorm(dim, eps=eps, backend=config.backend)
+        self.ffn = MultiwayFFN(dim, config.hidden_dim, eps=eps, backend=config.backend)
         self.drop_path = DropPath(drop_path)
 
     def forward(
         self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int], samples: Tensor | None, num_samples: int
     ) -> Tensor:
-        branch = self.attention(self.attention_norm(x, expert_offsets), plan, expert_offsets)
-        x = x + self.drop_path(branch, samples, num_samples)
-        return x + self.drop_path(self.ffn(self.ffn_norm(x, expert_offsets), expert_offsets), samples, num_samples)
+        normal = self.attention_norm(x, expert_offsets)
+        x = self._plus(x, lambda residual: self.attention(normal, plan, expert_offsets, residual), samples, num_samples)
+        return self._plus(
+            x, lambda residual: self.ffn(self.ffn_norm(x, expert_offsets), expert_offsets, residual), samples, num_samples
+        )
+
+    def _plus(self, x: Tensor, branch: Callable[[Tensor | None], Tensor], samples: Tensor | None, num_samples: int) -> Tensor:
+        """x plus the branch. Where no path is dropped nothing comes between, and the last product of the branch adds x."""
+        if self.training and self.drop_path.p > 0.0:
+            return x + self.drop_path(branch(None), samples, num_samples)
+        return branch(x)
 
 
 class Beit3Encoder(nn.Module):
@@ -107,7 +115,7 @@ class Beit3Encoder(nn.Module):
         super().__init__()
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.layers = nn.ModuleList(Beit3Layer(config, rate) for rate in rates)
-        self.norm = MultiwayLayerNorm(config.dim, eps=config.eps) if config.normalize_output else None
+        self.norm = MultiwayLayerNorm(config.dim, eps=config.eps, backend=config.backend) if config.normalize_output else None
 
     def describe(self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]) -> PassInfo:
         """What a call processed, for a profile."""

@@ -85,7 +85,7 @@ class PostNormBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = MultiwayAttention(dim, num_heads, num_experts, dropout_p=dropout_p, backend=backend)
-        self.attention_norm = MultiwayLayerNorm(dim, num_experts, eps=eps)
+        self.attention_norm = MultiwayLayerNorm(dim, num_experts, eps=eps, backend=backend)
         if context_dim is not None:
             self.cross_attention = CrossAttention(dim, context_dim, num_heads, dropout_p=dropout_p, backend=backend)
             self.cross_norm = nn.LayerNorm(dim, eps)
@@ -101,8 +101,11 @@ class PostNormBlock(nn.Module):
         context: Tensor | None = None,
         cross_plan: AttentionPlan | None = None,
     ) -> Tensor:
-        branch = self.attention(x, plan, expert_offsets)
-        x = self.attention_norm(x + self.dropout(branch), expert_offsets)
+        if self.training and self.dropout.p > 0.0:
+            x = x + self.dropout(self.attention(x, plan, expert_offsets))
+        else:
+            x = self.attention(x, plan, expert_offsets, x)
+        x = self.attention_norm(x, expert_offsets)
         if context is not None:
             assert cross_plan is not None
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, context, cross_plan)))

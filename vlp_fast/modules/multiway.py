@@ -8,40 +8,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.modules.attention import _check_heads
 from vlp_fast.ops import attention, multiway_layer_norm, multiway_linear
+from vlp_fast.ops._backends import attention_only
 from vlp_fast.segments import AttentionPlan
 
 __all__ = ["MultiwayAttention", "MultiwayFFN", "MultiwayLayerNorm", "MultiwayLinear"]
 
 
 class MultiwayLinear(nn.Module):
-    """`vlp_fast.ops.multiway_linear` with its parameters. Shape: ``[rows, in_features]`` -> ``[rows, out_features]``."""
+    """`vlp_fast.ops.multiway_linear` with its parameters. Shape: ``[rows, in_features]`` -> ``[rows, out_features]``.
 
-    def __init__(self, in_features: int, out_features: int, num_experts: int = 2, *, bias: bool = True) -> None:
+    Args:
+        in_features, out_features, num_experts, bias. activation: applied to the sums. backend: of the operation; that of a library
+            which has attention only means None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int = 2,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
+        self.activation, self.backend = activation, None if attention_only(backend) else backend
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_experts, out_features)) if bias else None
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, expert_offsets: Sequence[int]) -> Tensor:
-        return multiway_linear(x, self.weight, self.bias, expert_offsets)
+    def forward(self, x: Tensor, expert_offsets: Sequence[int], residual: Tensor | None = None) -> Tensor:
+        return multiway_linear(
+            x,
+            self.weight,
+            self.bias,
+            expert_offsets,
+            activation=self.activation,
+            residual=residual,
+            backend=self.backend,
+        )
 
 
 class MultiwayLayerNorm(nn.Module):
     """`vlp_fast.ops.multiway_layer_norm` with its parameters. Shape: ``[rows, dim]`` -> ``[rows, dim]``."""
 
-    def __init__(self, dim: int, num_experts: int = 2, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, num_experts: int = 2, *, eps: float = 1e-5, backend: str | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, None if attention_only(backend) else backend
         self.weight = nn.Parameter(torch.ones(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts, dim))
 
     def forward(self, x: Tensor, expert_offsets: Sequence[int]) -> Tensor:
-        return multiway_layer_norm(x, self.weight, self.bias, expert_offsets, self.eps)
+        return multiway_layer_norm(x, self.weight, self.bias, expert_offsets, self.eps, backend=self.backend)
 
 
 class MultiwayAttention(nn.Module):
@@ -65,31 +88,30 @@ class MultiwayAttention(nn.Module):
         super().__init__()
         _check_heads(dim, num_heads)
         self.num_heads, self.dropout_p, self.backend = num_heads, dropout_p, backend
-        self.qkv = MultiwayLinear(dim, 3 * dim, num_experts)
-        self.inner_norm = None if inner_eps is None else MultiwayLayerNorm(dim, num_experts, eps=inner_eps)
-        self.proj = MultiwayLinear(dim, dim, num_experts)
+        self.qkv = MultiwayLinear(dim, 3 * dim, num_experts, backend=backend)
+        self.inner_norm = None if inner_eps is None else MultiwayLayerNorm(dim, num_experts, eps=inner_eps, backend=backend)
+        self.proj = MultiwayLinear(dim, dim, num_experts, backend=backend)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int], residual: Tensor | None = None) -> Tensor:
+        """The branch; with `residual`, ``[rows, dim]``, its sum with the branch."""
         q, k, v = self.qkv(x, expert_offsets).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         out = attention(q, k, v, plan, dropout_p=self.dropout_p if self.training else 0.0, backend=self.backend).flatten(1)
         if self.inner_norm is not None:
             out = self.inner_norm(out, expert_offsets)
-        return self.proj(out, expert_offsets)
+        return self.proj(out, expert_offsets, residual)
 
 
 class MultiwayFFN(nn.Module):
     """fc2(LayerNorm(GELU(fc1(x)))) per expert: sub-LN feed-forward; GELU in fp32 as BEiT-3 computes it."""
 
-    def __init__(self, dim: int, hidden_dim: int, num_experts: int = 2, *, eps: float = 1e-5) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, num_experts: int = 2, *, eps: float = 1e-5, backend: str | None = None
+    ) -> None:
         super().__init__()
-        self.fc1 = MultiwayLinear(dim, hidden_dim, num_experts)
-        self.norm = MultiwayLayerNorm(hidden_dim, num_experts, eps=eps)
-        self.fc2 = MultiwayLinear(hidden_dim, dim, num_experts)
+        self.fc1 = MultiwayLinear(dim, hidden_dim, num_experts, activation="gelu", backend=backend)
+        self.norm = MultiwayLayerNorm(hidden_dim, num_experts, eps=eps, backend=backend)
+        self.fc2 = MultiwayLinear(hidden_dim, dim, num_experts, backend=backend)
 
-    def forward(self, x: Tensor, expert_offsets: Sequence[int]) -> Tensor:
-        hidden = self.fc1(x, expert_offsets)
-        if hidden.dtype in (torch.float16, torch.bfloat16):
-            hidden = F.gelu(hidden.float()).to(hidden.dtype)
-        else:
-            hidden = F.gelu(hidden)
-        return self.fc2(self.norm(hidden, expert_offsets), expert_offsets)
+    def forward(self, x: Tensor, expert_offsets: Sequence[int], residual: Tensor | None = None) -> Tensor:
+        """The branch; with `residual`, ``[rows, dim]``, its sum with the branch."""
+        return self.fc2(self.norm(self.fc1(x, expert_offsets), expert_offsets), expert_offsets, residual)

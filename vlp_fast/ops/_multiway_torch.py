@@ -1,0 +1,154 @@
+"""The torch backend of the multiway operations: one call of PyTorch per expert's run of rows, each writing into its slice of one output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["layer_norm", "layer_norm_backward", "linear", "linear_backward", "statistics_dtype"]
+
+_gelu, _gelu_, _gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backward.grad_input
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    offsets: Sequence[int],
+    activation: str,
+    save_pre: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """out, and the values before the activation (empty unless `save_pre`)."""
+    rows, width = x.shape[0], weight.shape[1]
+    product = x.new_empty(rows, width)
+    # a product can start from residual + bias only where nothing comes between and no rounding to a narrower dtype
+    onto_residual = residual is not None and not activation and residual.dtype == x.dtype
+    for e, a, b in _runs(offsets):
+        into, transposed = product[a:b], weight[e].t()
+        if onto_residual:
+            assert residual is not None
+            if bias is None:
+                into.copy_(residual[a:b])
+            else:
+                torch.add(residual[a:b], bias[e], out=into)
+            into.addmm_(x[a:b], transposed)
+        elif bias is None:
+            torch.mm(x[a:b], transposed, out=into)
+        else:
+            torch.addmm(bias[e], x[a:b], transposed, out=into)
+    pre, out = product.new_empty(0), product
+    if activation and save_pre:
+        # PyTorch computes the GELU of 16-bit values in fp32
+        pre, out = product, _gelu(product, out=torch.empty_like(product))
+    elif activation:
+        out = _gelu_(product)
+    if residual is not None and not onto_residual:
+        out = out.add_(residual) if out.dtype == out_dtype else out + residual
+    return out, pre
+
+
+def linear_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    offsets: Sequence[int],
+    activation: str,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias; those not needed are empty."""
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    dweight = weight.new_empty(weight.shape if needs_dweight else (0,))
+    dbias = weight.new_empty(weight.shape[:2] if needs_dbias else (0,))
+    dpre = _gelu_backward(dout, pre, grad_input=torch.empty_like(pre)) if activation else dout
+    for e in _idle(offsets):
+        if needs_dweight:
+            dweight[e].zero_()
+        if needs_dbias:
+            dbias[e].zero_()
+    for e, a, b in _runs(offsets):
+        d = dpre[a:b]
+        if needs_dx:
+            torch.mm(d, weight[e], out=dx[a:b])
+        if needs_dweight:
+            torch.mm(d.t(), x[a:b], out=dweight[e])
+        if needs_dbias:
+            torch.sum(d, 0, out=dbias[e])
+    return dx, dweight, dbias
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, offsets: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """out, mean, rstd.
+
+    PyTorch's norm cannot write into a slice. So all rows pass through the norm of the expert with the most rows, and the few rows of
+    the others are computed again and written over: for BEiT-3's images and captions, one pass over memory instead of two.
+    """
+    weight, bias, width = _beside(x, weight), _beside(x, bias), [x.shape[1]]
+    most, *others = _by_size(offsets)
+    out, mean, rstd = torch.native_layer_norm(x, width, weight[most[0]], bias[most[0]], eps)
+    for e, a, b in others:
+        out[a:b] = torch.native_layer_norm(x[a:b], width, weight[e], bias[e], eps)[0]
+    return out, mean, rstd
+
+
+def layer_norm_backward(
+    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, offsets: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias. dx goes the way of `layer_norm`; a sum over rows needs no copy.
+
+    16-bit rows are widened on the CPU: PyTorch's kernel sums their dweight in 16 bits, wrong by percents after a hundred rows.
+    """
+    dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias))
+    dtype, width = x.dtype, [x.shape[1]]
+    if x.device.type == "cpu":
+        x, dout = x.to(statistics_dtype(dtype)), dout.to(statistics_dtype(dtype))
+    weight, bias, dout = _beside(x, weight), _beside(x, bias), dout.contiguous()
+    for e in _idle(offsets):
+        dweight[e].zero_()
+        dbias[e].zero_()
+
+    def gradients(e: int, a: int, b: int, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.native_layer_norm_backward(
+            dout[a:b], x[a:b], width, mean[a:b], rstd[a:b], weight[e], bias[e], wanted
+        )
+
+    most, *others = _by_size(offsets)
+    if x.shape[0] == 0:
+        return torch.empty_like(x, dtype=dtype), dweight, dbias
+    if not others:
+        dx, dweight[most[0]], dbias[most[0]] = gradients(*most, True, True, True)
+        return dx.to(dtype), dweight, dbias
+    dx = gradients(most[0], 0, x.shape[0], True, False, False)[0]
+    _, dweight[most[0]], dbias[most[0]] = gradients(*most, False, True, True)
+    for e, a, b in others:
+        dx[a:b], dweight[e], dbias[e] = gradients(e, a, b, True, True, True)
+    return dx.to(dtype), dweight, dbias
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of mean and rstd of rows of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _runs(offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+    return [(e, offsets[e], offsets[e + 1]) for e in range(len(offsets) - 1) if offsets[e + 1] > offsets[e]]
+
+
+def _idle(offsets: Sequence[int]) -> list[int]:
+    return [e for e in range(len(offsets) - 1) if offsets[e + 1] == offsets[e]]
+
+
+def _by_size(offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The runs that have rows, the longest first; one empty run where there are no rows."""
+    return sorted(_runs(offsets), key=lambda run: run[1] - run[2]) or [(0, 0, 0)]
+
+
+def _beside(x: Tensor, weight: Tensor) -> Tensor:
+    """In x's dtype; fp32 beside 16-bit rows on the CPU, where PyTorch's kernels keep fp32 statistics only so."""
+    return weight.to(statistics_dtype(x.dtype) if x.device.type == "cpu" else x.dtype)
