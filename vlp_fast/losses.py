@@ -9,8 +9,6 @@ from torch import Tensor
 __all__ = [
     "contrastive_loss",
     "hard_negatives",
-    "language_modeling_loss",
-    "masked_prediction_loss",
     "matching_loss",
     "momentum_contrastive_loss",
     "similarities",
@@ -92,23 +90,3 @@ def matching_loss(logits: Tensor, num_positive: int) -> Tensor:
     """
     labels = (torch.arange(len(logits), device=logits.device) < num_positive).long()
     return F.cross_entropy(logits.float(), labels)
-
-
-def language_modeling_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the next token over rows that have one.
-
-    Args:
-        logits: ``[rows, vocab_size]``. labels: int64 ``[rows]``, the following token. label_smoothing: BLIP 0.1, CoCa 0.
-    """
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-
-
-def masked_prediction_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over masked rows; 0, with a gradient of 0, where nothing is masked.
-
-    Args:
-        logits: ``[masked rows, classes]``. targets: int64 ``[masked rows]``, the token or visual code that was hidden.
-    """
-    if len(targets) == 0:
-        return logits.float().sum()
-    return F.cross_entropy(logits.float(), targets)

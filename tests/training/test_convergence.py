@@ -65,7 +65,7 @@ def train(objective, batches, steps, lr, **options):
     [
         # loss after training, as a share of the first: contrast and matching from chance, language from a uniform guess
         ("blip", 16, 560, 2e-3, {"alpha": 0.0}, {"itc": 0.4, "itm": 0.8, "lm": 0.35}),
-        ("coca", 32, 250, 2e-3, {}, {"contrastive": 0.5, "caption": 0.15}),
+        ("coca", 32, 350, 1e-3, {}, {"contrastive": 0.2, "caption": 0.1}),
         ("beit3", 32, 200, 2e-3, {}, {"mim": 0.93, "mlm": 0.6, "mvlm": 0.75}),
     ],
 )

@@ -210,10 +210,17 @@ class Blip(nn.Module):
         """Rows of a matching pass -> ``[captions, 2]``; class 1 is "matches"."""
         return self.itm_head(rows[segments.first_rows()])
 
+    def word_hidden(self, rows: Tensor) -> Tensor:
+        """Rows of a captioning pass -> ``[rows, dim]``, which the words meet."""
+        return self.lm_norm(F.gelu(self.lm_transform(rows)))
+
+    def word_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight ``[vocab_size, dim]`` and bias of the words: the weight is that of the input embeddings."""
+        return self.text_tower.embedding.word.weight, self.lm_bias
+
     def word_logits(self, rows: Tensor) -> Tensor:
-        """Rows of a captioning pass -> ``[rows, vocab_size]``; the output words are the input embeddings."""
-        hidden = self.lm_norm(F.gelu(self.lm_transform(rows)))
-        return F.linear(hidden, self.text_tower.embedding.word.weight, self.lm_bias)
+        """Rows of a captioning pass -> ``[rows, vocab_size]``."""
+        return F.linear(self.word_hidden(rows), *self.word_weights())
 
 
 def project(rows: Tensor, segments: Segments, projection: nn.Linear) -> Tensor:

@@ -142,9 +142,9 @@ class CocaTextEncoder(nn.Module):
 
 
 class CocaDecoder(nn.Module):
-    """The multimodal half: causal self-attention, cross-attention to the pooled image tokens, MLP; then word logits.
+    """The multimodal half: causal self-attention, cross-attention to the pooled image tokens, MLP; and the weight of the words.
 
-    Shape: rows ``[rows, dim]``, segments, image rows and segments, image of each caption -> logits ``[rows, vocab_size]``.
+    Shape: rows ``[rows, dim]``, segments, image rows and segments, image of each caption -> ``[rows, dim]``, which `words` meets.
     """
 
     def __init__(self, config: CocaConfig) -> None:
@@ -175,7 +175,7 @@ class CocaDecoder(nn.Module):
         cross_plan = AttentionPlan.cross_attention(segments, image_segments, index)
         for block in self.blocks:
             rows = block(rows, plan, image_rows, cross_plan)
-        return self.words(self.norm(rows))
+        return self.norm(rows)
 
 
 class CocaImageEncoder(nn.Module):
@@ -245,14 +245,19 @@ class Coca(nn.Module):
         rows, pooled = self.text_encoder(token_ids, segments)
         return CocaText(rows, segments, F.normalize(self.text_projection(pooled).float(), dim=-1))
 
-    def word_logits(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-word logits of every word but each caption's last, which has no next.
+    def word_hidden(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The decoder over every word but each caption's last, which has no next.
 
         Args:
             index: which image each caption describes; default: caption i describes image i.
 
-        Returns: logits ``[rows - captions, vocab_size]``, and the rows of `text` they belong to, int64.
+        Returns: ``[rows - captions, dim]``, which `text_decoder.words` meets, and the rows of `text` they belong to, int64.
         """
         kept = text.segments.rows_before_last(1)
         shorter = Segments([max(n - 1, 0) for n in text.segments.lengths], text.rows.device)
         return self.text_decoder(text.rows[kept], shorter, image.rows, image.segments, index), kept
+
+    def word_logits(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Next-word logits ``[rows - captions, vocab_size]`` of `word_hidden`'s rows, and those rows."""
+        hidden, kept = self.word_hidden(text, image, index)
+        return self.text_decoder.words(hidden), kept

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.data.masking import blockwise_mask, mask_tokens
 from vlp_fast.models.beit3 import Beit3, Beit3Config
+from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
 from vlp_fast.segments import Segments
 from vlp_fast.training.objective import PretrainingObjective
@@ -138,13 +138,16 @@ class Beit3Pretraining(PretrainingObjective):
         model = self.model
         with loss_scope("mim"):
             out = model.encode_image(inputs.images.images, inputs.images.mask)
-            mim = losses.masked_prediction_loss(model.visual_head(out.image[inputs.images.rows]), inputs.images.targets)
+            mim = self._masked(out.image, model.visual_head, inputs.images)
         with loss_scope("mlm"):
             out = model.encode_text(inputs.texts.token_ids, inputs.texts.segments())
-            mlm = losses.masked_prediction_loss(model.word_head(out.text[inputs.texts.rows]), inputs.texts.targets)
+            mlm = self._masked(out.text, model.word_head, inputs.texts)
         with loss_scope("mvlm"):
             image, text = inputs.pair_images, inputs.pair_texts
             out = model.encode_pairs(image.images, text.token_ids, text.segments(), image.mask)
-            mvlm = losses.masked_prediction_loss(model.visual_head(out.image[image.rows]), image.targets)
-            mvlm = mvlm + losses.masked_prediction_loss(model.word_head(out.text[text.rows]), text.targets)
+            mvlm = self._masked(out.image, model.visual_head, image) + self._masked(out.text, model.word_head, text)
         return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
+
+    def _masked(self, rows: Tensor, head: nn.Linear, masked: MaskedImages | MaskedTexts) -> Tensor:
+        """The loss of predicting what was hidden, from the hidden rows only; 0 where nothing is hidden."""
+        return linear_cross_entropy(rows, head.weight, masked.targets, head.bias, rows=masked.rows, backend=self.backend)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.models.blip import Blip, BlipConfig, BlipImageEncoder, BlipTextTower, project
+from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import TextPass, loss_scope
 from vlp_fast.segments import Segments
 from vlp_fast.training.objective import PretrainingObjective
@@ -149,8 +150,14 @@ class BlipPretraining(PretrainingObjective):
             captioning = model.captioning_pass(ids, captions, range(size))
             hidden = self._run(captioning, image.rows, image.segments)
             predicts = captions.rows_before_last(1)
-            lm = losses.language_modeling_loss(
-                model.word_logits(hidden[predicts]), ids[predicts + 1], label_smoothing=LABEL_SMOOTHING
+            weight, bias = model.word_weights()
+            lm = linear_cross_entropy(
+                model.word_hidden(hidden[predicts]),
+                weight,
+                ids[predicts + 1],
+                bias,
+                label_smoothing=LABEL_SMOOTHING,
+                backend=self.backend,
             )
         return {"itc": itc, "itm": itm, "lm": lm}
 

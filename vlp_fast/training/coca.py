@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.models.coca import Coca, CocaConfig
+from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
 from vlp_fast.training.objective import PretrainingObjective
 
@@ -48,6 +49,7 @@ class CocaPretraining(PretrainingObjective):
             text = model.encode_text(batch.token_ids, captions)
             contrastive = losses.contrastive_loss(image.features, text.features, model.logit_scale.exp())
         with loss_scope("caption"):
-            logits, rows = model.word_logits(text, image)
-            caption = losses.language_modeling_loss(logits, batch.token_ids[rows + 1])
+            hidden, rows = model.word_hidden(text, image)
+            words = model.text_decoder.words.weight
+            caption = linear_cross_entropy(hidden, words, batch.token_ids[rows + 1], backend=self.backend)
         return {"contrastive": contrastive, "caption": caption}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp_fast.data.batches import Batch
+from vlp_fast.ops import attention_only
 
 __all__ = ["SCHEDULES", "PretrainingObjective"]
 
@@ -33,6 +34,12 @@ class PretrainingObjective(nn.Module):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; received {schedule!r}.")
         self.schedule = schedule
+
+    @property
+    def backend(self) -> str | None:
+        """Backend of the losses: the model's, where that has more than attention."""
+        backend = self.model.config.backend
+        return None if attention_only(backend) else backend
 
     def prepare(self, batch: Batch, generator: torch.Generator | None = None) -> Any:
         """What `forward` takes, made on the host from a batch of pairs (masking draws from `generator`)."""
