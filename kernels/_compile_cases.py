@@ -9,6 +9,7 @@ import triton
 
 from ._configs import (
     CROSS_ENTROPY_CONFIGS,
+    DECODE_CONFIGS,
     ELEMENTWISE,
     GELU_BLOCK,
     MULTIWAY_LINEAR_ROWS,
@@ -25,6 +26,7 @@ from .attention_backward import _attention_backward_key_kernel, _attention_backw
 from .attention_forward import _attention_forward_kernel
 from .attention_pool import _attention_pool_backward_kernel, _attention_pool_forward_kernel
 from .attention_small import _attention_small_backward_kernel, _attention_small_forward_kernel
+from .decode_attention import _decode_attention_kernel, _decode_combine_kernel
 from .linear_cross_entropy import _cross_entropy_rows_kernel
 from .multiway_layer_norm import (
     _multiway_layer_norm_backward_kernel,
@@ -80,6 +82,7 @@ def compile_cases() -> Iterator[CompileCase]:
         _multiway_linear_cases,
         _multiway_norm_cases,
         _linear_cross_entropy_cases,
+        _decode_attention_cases,
     ):
         yield from cases()
 
@@ -336,3 +339,47 @@ def _multiway_norm_cases() -> Iterator[CompileCase]:
         "multiway_layer_norm", "reduce", "fp32", "any", f"{NORM_REDUCE_ROWS}x{NORM_REDUCE_COLUMNS} w4", "plain",
         _multiway_layer_norm_reduce_kernel, types, blocks, ELEMENTWISE, matrix=False,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- decode_attention
+
+
+def _decode_attention_cases() -> Iterator[CompileCase]:
+    """At the widest head, and for 16-bit also at 64; and the kernel that puts the splits together."""
+    for (itemsize, _), config in DECODE_CONFIGS.items():
+        dtype = {2: "bf16", 4: "fp32"}[itemsize]
+        for head_dim in (64, 128) if dtype == "bf16" else (128,):
+            yield CompileCase(
+                "decode_attention",
+                "split",
+                dtype,
+                f"head_dim {head_dim}",
+                f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}",
+                "plain",
+                _decode_attention_kernel,
+                {
+                    **dict.fromkeys(("q", "k", "v"), f"*{dtype}"),
+                    **dict.fromkeys(("query_offsets", "edge_offsets", "edge_key", "key_starts", "key_lengths"), "*i32"),
+                    **dict.fromkeys(("out", "lse"), "*fp32"),
+                    **dict.fromkeys(("num_heads_k", "group", "tiles", "splits", "rows_q"), "i32"),
+                    **dict.fromkeys(("q_row_stride", "q_head_stride", "k_row_stride", "k_head_stride"), "i32:16"),
+                    "softmax_scale": "fp32",
+                },
+                {"HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "INPUT_PRECISION": "ieee"},
+                config.options,
+                matrix=dtype == "bf16",
+                wide=dtype == "bf16" and config.block_m >= 64,
+            )
+    yield CompileCase(
+        "decode_attention",
+        "combine",
+        "bf16",
+        "head_dim 128",
+        "32 splits w4",
+        "plain",
+        _decode_combine_kernel,
+        {**dict.fromkeys(("parts", "part_lse", "lse"), "*fp32"), "out": "*bf16", "rows_by_heads": "i32", "splits": "i32"},
+        {"HEAD_DIM": 128, "BLOCK_S": 32},
+        {"num_warps": 4, "enable_fp_fusion": True},
+        matrix=False,
+    )

@@ -303,3 +303,43 @@ CROSS_ENTROPY_CONFIGS = {
 def cross_entropy_config(vocab_size: int) -> CrossEntropyConfig:
     """The launch numbers for rows of so many words."""
     return next(config for words, config in CROSS_ENTROPY_CONFIGS.items() if vocab_size <= words)
+
+
+# ----------------------------------------------------------------------------------------------------------- decode_attention
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """block_m rows by heads, block_n keys. `programs`: in all, where segments are few; `most_splits`: of the keys of one."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int = 264  # two for each of the 132 multiprocessors of an H100
+    most_splits: int = 32
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+# (bytes per element, rows by heads up to): configuration
+DECODE_CONFIGS = {
+    (2, 16): DecodeConfig(16, 64, 4, 2),
+    (2, ANY_LENGTH): DecodeConfig(32, 32, 4, 2),  # 64 rows spill on sm_80
+    (4, ANY_LENGTH): DecodeConfig(16, 32, 8, 1),  # 4 warps spill
+}
+
+
+def decode_config(itemsize: int, rows: int) -> DecodeConfig:
+    """The launch numbers for segments of so many rows by grouped heads.
+
+    Raises:
+        ValueError: a dtype that no kernel takes.
+    """
+    for (size, most), config in DECODE_CONFIGS.items():
+        if size == itemsize and rows <= most:
+            return config
+    raise ValueError(f"decoding kernels take elements of 2 or 4 bytes; received {itemsize}.")

@@ -6,8 +6,9 @@ about a tile is done while it lies in the caches, and of the forward only one ro
 cut into chunks held in a tuple: a width that is no power of two wastes nothing. Where the sums over rows of all chunks are more than a
 program's registers hold, programs that run side by side take a part of the chunks each, and form the narrow products again.
 
-The norm is LayerNorm without scale and shift. Its statistics are sums of differences from `shift`, the mean of a row's first elements, so that
-a large common offset of a row does no harm: mean = shift + E[d], variance = E[d^2] - E[d]^2, score = rstd * (q . d - E[d] * sum(q)).
+The norm is LayerNorm without scale and shift. Its statistics are sums of differences d from `shift`, the mean of a row's first elements,
+so that a large common offset of a row does no harm: mean = shift + E[d], variance = E[d^2] - E[d]^2, and a score is
+rstd * (q . d - E[d] * sum(q)).
 """
 
 from __future__ import annotations

@@ -10,9 +10,18 @@ import math
 import torch
 from torch import Tensor
 
+from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.segments import AttentionPlan, Segments
 
-__all__ = ["attention", "attention_pool", "dropout_keep", "linear_cross_entropy", "multiway_layer_norm", "multiway_linear"]
+__all__ = [
+    "attention",
+    "attention_pool",
+    "decode_attention",
+    "dropout_keep",
+    "linear_cross_entropy",
+    "multiway_layer_norm",
+    "multiway_linear",
+]
 
 _MASK32 = 0xFFFFFFFF
 
@@ -202,3 +211,30 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses
     return losses.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, *, softmax_scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the slots that each query segment reads, as long as they are now.
+
+    Args:
+        q: ``[rows, num_heads, head_dim]``. k, v: ``[buffer_rows, num_heads_k, head_dim]``. plan, softmax_scale, return_lse: as in
+            `vlp_fast.ops.decode_attention`.
+
+    Returns:
+        out ``[rows, num_heads, head_dim]``, and lse ``[num_heads, rows]`` if asked for; zeros and -inf where nothing is read.
+    """
+    scale, group = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, q.shape[1] // k.shape[1]
+    edge_offsets, edge_key, starts, lengths = (
+        t.tolist() for t in (plan.edge_offsets, plan.edge_key, plan.key_starts, plan.key_lengths)
+    )
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf)
+    for segment, (first, last) in enumerate(zip(plan.query.host_offsets[:-1], plan.query.host_offsets[1:], strict=True)):
+        slots = edge_key[edge_offsets[segment] : edge_offsets[segment + 1]]
+        rows = [row for slot in slots for row in range(starts[slot], starts[slot] + lengths[slot])]
+        if rows and last > first:
+            scores = torch.einsum("qhd,khd->qhk", q[first:last], k[rows].repeat_interleave(group, 1)) * scale
+            out[first:last] = torch.einsum("qhk,khd->qhd", torch.softmax(scores, -1), v[rows].repeat_interleave(group, 1))
+            lse[first:last] = torch.logsumexp(scores, -1)
+    return (out, lse.T) if return_lse else out

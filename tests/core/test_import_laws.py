@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY, KERNELS = ROOT / "vlp_fast", ROOT / "kernels"
 
 # What the files of a room may import from vlp_fast; their own room is always allowed. A new file must find its place here.
-FOUNDATION = {"_version", "segments", "padding", "passes"}
+FOUNDATION = {"_version", "segments", "padding", "passes", "decode_plan"}
 UP_TO_OPS = FOUNDATION | {"ops"}
 UP_TO_MODULES = UP_TO_OPS | {"modules"}
 UP_TO_TRAINING = UP_TO_MODULES | {"models", "losses", "data", "training"}
@@ -23,9 +23,10 @@ ROOMS = {
     "segments": {"padding"},
     "padding": {"segments"},
     "passes": {"segments"},
+    "decode_plan": {"segments"},
     "testing": set(),
     "kernels": set(),
-    "reference": {"segments"},
+    "reference": {"segments", "decode_plan"},
     "ops": FOUNDATION | {"kernels"},
     "modules": UP_TO_OPS,
     "models": UP_TO_MODULES,
@@ -33,11 +34,12 @@ ROOMS = {
     "data": {"segments"},
     "training": UP_TO_TRAINING - {"training"},
     "environment": {"_version", "ops"},
+    "evidence": set(),
     "measuring": set(),
     "profiling": UP_TO_TRAINING | {"environment", "measuring"},
     "profile_page": {"profiling"},
     "bench": UP_TO_TRAINING | {"environment", "measuring", "reference", "testing"},
-    "cli": UP_TO_TRAINING | {"_version", "environment", "measuring", "profiling", "profile_page", "bench"},
+    "cli": UP_TO_TRAINING | {"_version", "environment", "measuring", "profiling", "profile_page", "bench", "evidence"},
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},
@@ -47,6 +49,7 @@ EXTERNAL = {
     "segments": {"torch", "numpy"},
     "padding": {"torch", "numpy"},
     "passes": {"torch", "numpy"},
+    "decode_plan": {"torch", "numpy"},
     "modules": {"torch"},
     "models": {"torch"},
     "ops": {"torch", "flash_attn", "xformers"},

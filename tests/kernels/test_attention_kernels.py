@@ -141,9 +141,13 @@ SMALL_PLANS = {
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_attention_small_kernels_match_reference(plan, dropout_p, monkeypatch):
     launched = []
-    for module in (forward_module, backward_module):
-        name = f"attention_small_{module.__name__.rsplit('_', 1)[1]}"
-        monkeypatch.setattr(module, name, lambda *a, f=getattr(module, name), n=name: launched.append(n) or f(*a))
+
+    def watch(module, name):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: launched.append(name) or launch(*arguments))
+
+    watch(forward_module, "attention_small_forward")
+    watch(backward_module, "attention_small_backward")
     case = Case(plan(), dropout_p=dropout_p, small=True)
     case.check()
     small = max(case.plan.facts.max_seqlen_q, case.plan.facts.max_seqlen_k) <= 16

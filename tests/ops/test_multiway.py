@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTH, OUT = 6, 5
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton"], scope="module")
 def backend(request):
     return request.param
 
@@ -83,7 +83,7 @@ def test_multiway_layer_norm_is_the_reference(offsets, dtype, backend, device, p
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
+@pytest.mark.parametrize("offsets", [(0, 3, 7), (0, 2, 2, 7), (0, 0, 0)], ids=str)
 def test_multiway_linear_epilogues_are_the_reference(offsets, activation, with_residual, dtype, backend, device, poison):
     inputs = linear_inputs(offsets, device, dtype)
     if with_residual:
