@@ -16,7 +16,7 @@ LIBRARY, KERNELS = ROOT / "vlp_fast", ROOT / "kernels"
 FOUNDATION = {"_version", "segments", "padding", "passes", "decode_plan"}
 UP_TO_OPS = FOUNDATION | {"ops"}
 UP_TO_MODULES = UP_TO_OPS | {"modules"}
-UP_TO_TRAINING = UP_TO_MODULES | {"models", "losses", "data", "training"}
+UP_TO_TRAINING = UP_TO_MODULES | {"models", "losses", "distributed", "data", "training"}
 ROOMS = {
     "__init__": {"_version", "segments"},
     "_version": set(),
@@ -30,7 +30,8 @@ ROOMS = {
     "ops": FOUNDATION | {"kernels"},
     "modules": UP_TO_OPS,
     "models": UP_TO_MODULES,
-    "losses": set(),
+    "distributed": set(),
+    "losses": UP_TO_OPS | {"distributed"},
     "data": {"segments"},
     "training": UP_TO_TRAINING - {"training"},
     "environment": {"_version", "ops"},
@@ -45,6 +46,7 @@ EXTERNAL = {
     "kernels": {"torch", "triton"},
     "reference": {"torch"},
     "losses": {"torch"},
+    "distributed": {"torch"},
     "testing": {"torch"},
     "segments": {"torch", "numpy"},
     "padding": {"torch", "numpy"},

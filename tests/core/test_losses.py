@@ -29,13 +29,6 @@ def softmax(row):
     return [x / sum(exponentials) for x in exponentials]
 
 
-def test_similarities_are_divided_by_the_temperature(features):
-    image, text = features
-    result = losses.similarities(image.half(), text.half(), torch.tensor(0.07))
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result, image.half().float() @ text.half().float().T / 0.07)
-
-
 def test_contrastive_loss_is_the_mean_of_both_directions(features):
     image, text = features
     scale = torch.tensor(14.0)
@@ -60,55 +53,26 @@ def test_contrastive_loss_of_equal_logits_is_log_of_the_batch(features):
     assert loss.item() == pytest.approx(math.log(BATCH), rel=1e-6)
 
 
-def test_contrastive_loss_refuses_other_shapes(features):
-    message = r"image_features and text_features must have one shape; received \[5, 8\] and \[4, 8\]."
-    with pytest.raises(ValueError, match=message):
-        losses.contrastive_loss(features[0], features[1][:4], torch.tensor(1.0))
-
-
-@pytest.fixture
-def similarities():
-    return [2 * torch.randn(BATCH, BATCH + QUEUE, dtype=torch.float64) for _ in range(4)]
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_momentum_contrastive_loss_is_soft_cross_entropy(similarities, alpha):
-    i2t, t2i, momentum_i2t, momentum_t2i = similarities
-    expected = 0.0
-    for logits, momentum in ((i2t, momentum_i2t), (t2i, momentum_t2i)):
-        targets = torch.tensor([softmax(row) for row in momentum.tolist()], dtype=torch.float64) * alpha
-        targets += (1 - alpha) * torch.eye(BATCH, BATCH + QUEUE, dtype=torch.float64)
-        torch.testing.assert_close(targets.sum(1), torch.ones(BATCH, dtype=torch.float64))
-        expected += soft_cross_entropy(logits, targets) / 2
-    assert losses.momentum_contrastive_loss(i2t, t2i, momentum_i2t, momentum_t2i, alpha).item() == pytest.approx(
-        expected, rel=1e-12
-    )
+def test_distilled_contrastive_loss_is_soft_cross_entropy(alpha):
+    logits, teacher = (2 * torch.randn(BATCH, BATCH + QUEUE, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([softmax(row) for row in teacher.tolist()], dtype=torch.float64) * alpha
+    targets += (1 - alpha) * torch.eye(BATCH, BATCH + QUEUE, dtype=torch.float64)
+    torch.testing.assert_close(targets.sum(1), torch.ones(BATCH, dtype=torch.float64))
+    keys = torch.eye(BATCH + QUEUE, dtype=torch.float64)  # so that features are logits
+    loss = losses.distilled_contrastive_loss(logits, teacher, keys, torch.tensor(1.0, dtype=torch.float64), alpha)
+    assert loss.item() == pytest.approx(soft_cross_entropy(logits, targets), rel=1e-12)
 
 
-def test_momentum_contrastive_loss_sends_no_gradient_to_the_momentum_side(similarities):
-    for x in similarities:
-        x.requires_grad_()
-    losses.momentum_contrastive_loss(*similarities, 0.4).backward()
-    assert all(x.grad.abs().sum() > 0 for x in similarities[:2])
-    assert all(x.grad is None for x in similarities[2:])
-
-
-def test_momentum_contrastive_loss_leaves_its_inputs_alone(similarities):
-    before = [x.clone() for x in similarities]
-    losses.momentum_contrastive_loss(*similarities, 0.4)
-    assert all(torch.equal(a, b) for a, b in zip(before, similarities, strict=True))
-
-
-@pytest.mark.parametrize("alpha", [-0.1, 1.1])
-def test_momentum_contrastive_loss_refuses_other_shares(similarities, alpha):
-    with pytest.raises(ValueError, match=rf"alpha must be in \[0, 1\]; received {alpha}."):
-        losses.momentum_contrastive_loss(*similarities, alpha)
+def drawn_from(similarity, **options):
+    """Hard negatives for given similarities."""
+    return losses.hard_negatives(similarity, torch.eye(len(similarity)), 1.0, **options)
 
 
 def test_hard_negatives_never_pick_the_rows_own_column():
     similarity = 3 * torch.randn(6, 6) + 50 * torch.eye(6)  # its own column outweighs all others
     for _ in range(60):
-        drawn = losses.hard_negatives(similarity)
+        drawn = drawn_from(similarity)
         assert drawn.shape == (6,)
         assert drawn.dtype == torch.int64
         assert not (drawn == torch.arange(6)).any()
@@ -121,7 +85,7 @@ def test_hard_negatives_are_drawn_with_the_weights_of_the_paper(floor):
     counts = torch.zeros(3, 3, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     for _ in range(draws):
-        counts[torch.arange(3), losses.hard_negatives(similarity, floor=floor, generator=generator)] += 1
+        counts[torch.arange(3), drawn_from(similarity, floor=floor, generator=generator)] += 1
     weights = torch.softmax(similarity.double(), 1) + floor
     weights.fill_diagonal_(0)
     expected = weights / weights.sum(1, keepdim=True)
@@ -132,19 +96,19 @@ def test_hard_negatives_are_drawn_with_the_weights_of_the_paper(floor):
 def test_hard_negatives_keep_a_chance_where_the_softmax_has_none():
     similarity = torch.full((3, 3), -1e4)
     similarity[0, 0] = 1e4  # the others of row 0 underflow to weight 0: the floor alone is left
-    drawn = {int(losses.hard_negatives(similarity)[0]) for _ in range(50)}
+    drawn = {int(drawn_from(similarity)[0]) for _ in range(50)}
     assert drawn == {1, 2}
 
 
 def test_hard_negatives_are_repeatable():
     similarity = torch.randn(8, 8)
-    a, b = (losses.hard_negatives(similarity, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (drawn_from(similarity, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
 
 
 def test_hard_negatives_need_two_pairs():
     with pytest.raises(ValueError, match="hard negatives need at least 2 pairs in the batch; received 1."):
-        losses.hard_negatives(torch.zeros(1, 1))
+        drawn_from(torch.zeros(1, 1))
 
 
 def test_matching_loss_is_cross_entropy_with_the_positives_first():

@@ -11,6 +11,12 @@ from vlp_fast.ops._backends import (
 from vlp_fast.ops._flops import register_cpu_attention_flops
 from vlp_fast.ops.attention import attention
 from vlp_fast.ops.attention_pool import attention_pool
+from vlp_fast.ops.contrastive import (
+    contrastive_loss,
+    distilled_contrastive_loss,
+    hard_negatives,
+    sigmoid_contrastive_loss,
+)
 from vlp_fast.ops.decode_attention import decode_attention
 from vlp_fast.ops.linear_cross_entropy import linear_cross_entropy
 from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
@@ -25,9 +31,13 @@ __all__ = [
     "attention_pool",
     "backend_status",
     "choose_backend",
+    "contrastive_loss",
     "decode_attention",
     "default_backend",
+    "distilled_contrastive_loss",
+    "hard_negatives",
     "linear_cross_entropy",
     "multiway_layer_norm",
     "multiway_linear",
+    "sigmoid_contrastive_loss",
 ]

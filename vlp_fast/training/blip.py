@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlp_fast import losses
 from vlp_fast.data.batches import Batch
+from vlp_fast.distributed import gather_features
 from vlp_fast.models.blip import Blip, BlipConfig, BlipImageEncoder, BlipTextTower, project
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import TextPass, loss_scope
@@ -77,7 +78,7 @@ class BlipMomentum(nn.Module):
 class BlipPretraining(PretrainingObjective):
     """ITC with momentum encoders, queue and soft targets; ITM with hard negatives; LM with label smoothing 0.1.
 
-    In a process group every rank contrasts against, and enqueues, its own pairs.
+    In a process group every process contrasts its own pairs with its own keys and the queue, which takes the keys of all.
 
     Args:
         config: of the model. schedule: "published".
@@ -124,25 +125,26 @@ class BlipPretraining(PretrainingObjective):
             with torch.no_grad():
                 self.momentum.update(model)
                 image_keys, text_keys = self._keys(batch)
-            sim_i2t = losses.similarities(image.features, text_keys, model.temperature)  # [batch, batch + queue]
-            sim_t2i = losses.similarities(text_features, image_keys, model.temperature)
-            with torch.no_grad():
-                soft_i2t = losses.similarities(image_keys[: len(captions)], text_keys, model.temperature)
-                soft_t2i = losses.similarities(text_keys[: len(captions)], image_keys, model.temperature)
-            itc = losses.momentum_contrastive_loss(sim_i2t, sim_t2i, soft_i2t, soft_t2i, alpha)
-            self.momentum.enqueue(image_keys[: len(captions)], text_keys[: len(captions)])
+            own, scale = slice(0, len(captions)), 1.0 / model.temperature
+            i2t = losses.distilled_contrastive_loss(image.features, image_keys[own], text_keys, scale, alpha)
+            t2i = losses.distilled_contrastive_loss(text_features, text_keys[own], image_keys, scale, alpha)
+            itc = (i2t + t2i) / 2
+            self.momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
 
         with loss_scope("itm"):
             size = len(captions)
             if negatives is None:
-                negatives = (losses.hard_negatives(sim_t2i[:, :size]), losses.hard_negatives(sim_i2t[:, :size]))
+                negatives = (
+                    losses.hard_negatives(text_features, image_keys[own], scale),
+                    losses.hard_negatives(image.features, text_keys[own], scale),
+                )
             image_index, text_index = negatives
             rows, other_captions = captions.take(text_index.tolist())  # lengths change here: the step's one host sync
-            own = torch.arange(size, device=image_index.device)
+            paired = torch.arange(size, device=image_index.device)
             positive = model.matching_pass("itm_positive", ids, captions, range(size))
             both_ids = torch.cat([ids, ids[rows]])
             both = Segments([*captions.lengths, *other_captions.lengths], ids.device)
-            negative = model.matching_pass("itm_negative", both_ids, both, torch.cat([image_index, own]))
+            negative = model.matching_pass("itm_negative", both_ids, both, torch.cat([image_index, paired]))
             logits = [model.matching_logits(self._run(p, image.rows, image.segments), p.segments) for p in (positive, negative)]
             itm = losses.matching_loss(torch.cat(logits), num_positive=size)
 

@@ -19,7 +19,7 @@ __all__ = ["CocaPretraining"]
 class CocaPretraining(PretrainingObjective):
     """Contrastive loss (weight 1) on pooled features and captioning loss (weight 2) on the multimodal decoder.
 
-    In a process group every rank contrasts its own pairs.
+    In a process group every process contrasts its own pairs with those of all.
 
     Args:
         config: of the model. schedule: "published".
