@@ -34,10 +34,14 @@ def forward(x: Tensor, queries: Tensor, lengths: list[int], eps: float | None) -
             normal = torch.sub(normal, mean[part, None], out=buffer[: count * length])
             square = torch.linalg.vector_norm(normal, dim=1).square_()
             torch.rsqrt(square.div_(dim).add_(eps), out=rstd[part])
-            normal.mul_(rstd[part, None])
-        scores = (normal @ q.T).view(count, length, num_queries)
+        scores = normal @ q.T
+        if eps is not None:  # rows keep their differences from the mean; rstd enters with the scores and with the weights
+            scores.mul_(rstd[part, None])
+        scores = scores.view(count, length, num_queries)
         lse[segment : segment + count] = torch.logsumexp(scores, 1)
         weights = torch.softmax(scores, 1)
+        if eps is not None:
+            weights.mul_(rstd[part].view(count, length, 1))
         out[segment : segment + count] = weights.transpose(1, 2) @ normal.view(count, length, dim)
     return out, lse, mean, rstd
 
