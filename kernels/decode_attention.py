@@ -70,14 +70,13 @@ def _decode_attention_kernel(
         length = tl.load(key_lengths + slot)
         low, high = tl.maximum(begin - before, 0), tl.minimum(end - before, length)
         before += length
-        if low < high:
-            offset = (tl.load(key_starts + slot).to(tl.int64) + low) * k_row_stride + head * k_head_stride
-            row_end = tl.zeros([BLOCK_M], tl.int32) + (high - low)
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q_tile, members, row_end, k + offset, v + offset, 0, high - low, k_row_stride,
-                (high - low) // BLOCK_N * BLOCK_N, high - low, softmax_scale * LOG2_E, 0,
-                HEAD_DIM, BLOCK_N, False, INPUT_PRECISION,
-            )  # fmt: skip
+        offset = (tl.load(key_starts + slot).to(tl.int64) + low) * k_row_stride + head * k_head_stride
+        row_end = tl.zeros([BLOCK_M], tl.int32) + (high - low)
+        acc, row_max, row_sum = _attend(  # nothing where high is not above low
+            acc, row_max, row_sum, q_tile, members, row_end, k + offset, v + offset, 0, high - low, k_row_stride,
+            (high - low) // BLOCK_N * BLOCK_N, high - low, softmax_scale * LOG2_E, 0,
+            HEAD_DIM, BLOCK_N, False, INPUT_PRECISION,
+        )  # fmt: skip
 
     no_key = row_sum == 0.0
     row_sum = tl.where(no_key, 1.0, row_sum)

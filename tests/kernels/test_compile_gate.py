@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from vlp_fast.kernels import _compile
 from vlp_fast.kernels._compile import CompileReport, violations
 from vlp_fast.kernels._compile_cases import compile_cases
-from vlp_fast.kernels._configs import attention_config, attention_configs
+from vlp_fast.kernels._configs import SMALL_ROWS, attention_config, attention_configs
 
 GOOD = CompileReport(registers=100, stack=0, spills=0, shared_bytes=1024, wgmma=4, tcgen05=4, mma=4, cp_async=0)
 
@@ -35,9 +35,13 @@ def test_compile_cases_are_told_apart_by_name():
 
 def test_compile_cases_cover_every_attention_config():
     compiled = {(case.kernel, case.config, case.dtype) for case in compile_cases() if case.family == "attention"}
-    assert compiled == {
+    expected = {
         (kind, f"{c.block_m}x{c.block_n} w{c.num_warps} s{c.num_stages}", dtype) for kind, c, _, dtype in attention_configs()
     }
+    for (kind, itemsize, _), configs in SMALL_ROWS.items():
+        dtype = {2: "bf16", 4: "fp32"}[itemsize]
+        expected |= {(f"small_{kind}", f"{c.block}x{c.block} w{c.num_warps} s1", dtype) for c in configs}
+    assert compiled == expected
 
 
 def test_compile_budgets_list_exactly_the_cases():
