@@ -1,6 +1,7 @@
 """Fast vision-language pretraining: packed rows, attention plans, Triton kernels, and BLIP, CoCa and BEiT-3 built from them."""
 
 from vlp_fast._version import __version__
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.segments import Segments
 
 __all__ = ["AttentionPlan", "Segments", "__version__"]

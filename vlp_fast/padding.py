@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlp_fast.segments import AttentionPlan, _to_device
+from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.segments import _to_device
 
 __all__ = ["PaddedBucket", "PaddedPlan", "padded_plan"]
 

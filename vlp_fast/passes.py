@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.segments import Segments
 
 __all__ = [
     "PackedPasses",

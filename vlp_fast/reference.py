@@ -10,17 +10,22 @@ import math
 import torch
 from torch import Tensor
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.decode_plan import DecodePlan
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.segments import Segments
 
 __all__ = [
     "attention",
     "attention_pool",
+    "contrastive_loss",
     "decode_attention",
+    "distilled_contrastive_loss",
     "dropout_keep",
+    "hard_negatives",
     "linear_cross_entropy",
     "multiway_layer_norm",
     "multiway_linear",
+    "sigmoid_contrastive_loss",
 ]
 
 _MASK32 = 0xFFFFFFFF
@@ -211,6 +216,55 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses
     return losses.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def contrastive_loss(a: Tensor, b: Tensor, logit_scale: Tensor) -> Tensor:
+    """InfoNCE in both directions, averaged: row i of `a` belongs to row i of `b`.
+
+    Args:
+        a, b: ``[batch, dim]``. logit_scale: scalar that multiplies the similarities.
+    """
+    similarities = logit_scale * a @ b.T
+    return -(torch.log_softmax(similarities, 1) + torch.log_softmax(similarities, 0)).diagonal().mean() / 2
+
+
+def distilled_contrastive_loss(features: Tensor, teacher: Tensor, keys: Tensor, logit_scale: Tensor, alpha: float) -> Tensor:
+    """Cross-entropy of softmax(scale features keys^T) with alpha softmax(scale teacher keys^T) + (1 - alpha) of key i for row i.
+
+    Args:
+        features, teacher: ``[batch, dim]``. keys: ``[at least batch, dim]``. The targets are constants.
+    """
+    with torch.no_grad():
+        targets = alpha * torch.softmax(logit_scale * teacher @ keys.T, 1)
+        targets.diagonal().add_(1.0 - alpha)
+    return -(targets * torch.log_softmax(logit_scale * features @ keys.T, 1)).sum(1).mean()
+
+
+def sigmoid_contrastive_loss(a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, first: int = 0) -> Tensor:
+    """-log sigmoid(z (scale a b^T + bias)), summed over all pairs, averaged over rows of a; z is 1 for row i and i + first, else -1.
+
+    Args:
+        a: ``[batch, dim]``. b: ``[at least first + batch, dim]``.
+    """
+    z = -torch.ones(len(a), len(b), dtype=a.dtype, device=a.device)
+    z.diagonal(first).fill_(1.0)
+    return -torch.nn.functional.logsigmoid(z * (logit_scale * a @ b.T + logit_bias)).sum() / len(a)
+
+
+def hard_negatives(
+    queries: Tensor, keys: Tensor, logit_scale: Tensor, uniform: Tensor, *, floor: float = 1e-4, first: int = 0
+) -> Tensor:
+    """For each row the first key whose running sum of weights passes ``uniform`` times their total.
+
+    Args:
+        queries: ``[batch, dim]``. keys: ``[at least first + batch, dim]``. uniform: ``[batch]`` in [0, 1).
+
+    The weights are softmax(scale queries keys^T) + floor, and 0 for a row's own key, i + first.
+    """
+    weights = torch.softmax(logit_scale * queries @ keys.T, 1) + floor
+    weights.diagonal(first).fill_(0.0)
+    running = weights.cumsum(1)
+    return (running <= (uniform * running[:, -1])[:, None]).sum(1)
 
 
 def decode_attention(

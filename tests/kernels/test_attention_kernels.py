@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("triton")
 
 from vlp_fast import reference
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.kernels import _attention_common
 from vlp_fast.kernels import attention_backward as backward_module
 from vlp_fast.kernels import attention_forward as forward_module
 from vlp_fast.kernels.attention_backward import attention_backward
 from vlp_fast.kernels.attention_forward import attention_forward
-from vlp_fast.segments import AttentionPlan
 
 DEVICE = "cpu" if _attention_common.INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(

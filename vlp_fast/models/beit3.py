@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.modules import DropPath, MultiwayAttention, MultiwayFFN, MultiwayLayerNorm, PatchEmbedding, init_transformer
 from vlp_fast.passes import PassInfo
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.segments import Segments
 
 __all__ = ["BEIT3_PRESETS", "Beit3", "Beit3Config", "Beit3Encoder", "Beit3Output", "beit3_preset"]
 

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.modules import AttentionalPooler, PreNormBlock, VisionTransformer, init_transformer
 from vlp_fast.passes import PassInfo
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.segments import Segments
 
 __all__ = ["COCA_PRESETS", "CocaConfig", "Coca", "CocaImage", "CocaText", "coca_preset"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.ops import attention
-from vlp_fast.segments import AttentionPlan
 
 __all__ = ["CrossAttention", "SelfAttention"]
 

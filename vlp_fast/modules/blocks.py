@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.feedforward import MLP, DropPath
 from vlp_fast.modules.multiway import MultiwayAttention, MultiwayLayerNorm
-from vlp_fast.segments import AttentionPlan
 
 __all__ = ["PostNormBlock", "PreNormBlock"]
 

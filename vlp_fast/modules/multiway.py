@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import _check_heads
 from vlp_fast.ops import attention, multiway_layer_norm, multiway_linear
 from vlp_fast.ops._backends import attention_only
-from vlp_fast.segments import AttentionPlan
 
 __all__ = ["MultiwayAttention", "MultiwayFFN", "MultiwayLayerNorm", "MultiwayLinear"]
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import _check_heads
 from vlp_fast.ops import attention, attention_only, attention_pool
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.segments import Segments
 
 __all__ = ["AttentionalPooler"]
 

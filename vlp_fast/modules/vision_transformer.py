@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.blocks import PreNormBlock
 from vlp_fast.modules.embeddings import PatchEmbedding, init_transformer
 from vlp_fast.passes import PassInfo
-from vlp_fast.segments import AttentionPlan, Segments
+from vlp_fast.segments import Segments
 
 __all__ = ["VisionTransformer"]
 

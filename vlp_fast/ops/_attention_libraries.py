@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlp_fast.segments import AttentionPlan
+from vlp_fast.attention_plan import AttentionPlan
 
 __all__ = ["attention"]
 

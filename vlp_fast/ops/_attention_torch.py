@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.padding import PaddedBucket, padded_plan
-from vlp_fast.segments import AttentionPlan
 
 __all__ = ["attention"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.ops import _attention_libraries, _attention_torch
 from vlp_fast.ops._autocast import autocast_to_compute
 from vlp_fast.ops._backends import choose_backend
-from vlp_fast.segments import AttentionPlan
 
 __all__ = ["attention"]
 
