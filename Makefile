@@ -14,14 +14,17 @@ PYTEST_ARGS ?=
 EXTRAS := data,demo,report,test
 
 BIN := $(VENV)/bin
+# the oldest Triton that setup.py admits, in a folder of its own beside the newest
+OLDEST_TRITON := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' setup.py)
+OLDEST := $(abspath $(VENV))/triton-$(OLDEST_TRITON)
 # newer than what the installation is made from, and named after the torch in it: then there is nothing to install
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test bench dev lint clean
+.PHONY: help test bench compile-gate dev lint clean
 
 help:  ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # one thread per process, because threads of several processes on the same cores wait for each other; tests that share an
 # expensive fixture stay in one process by the mark xdist_group
@@ -30,6 +33,10 @@ test: $(STAMP)  ## Run the tests
 
 bench: $(STAMP)  ## Measure the three models on this machine; writes bench-out/
 	$(BIN)/python benchmarks/run_all.py --out bench-out
+
+compile-gate: $(STAMP) $(OLDEST)  ## Compile kernels for GPUs that are not here, with the oldest and the newest Triton
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m vlp_fast.kernels._compile --check
+	$(BIN)/python -m vlp_fast.kernels._compile --check
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -43,6 +50,9 @@ dev: $(STAMP)  ## Make the environment, and the link by which editors find vlp_f
 clean:  ## Delete caches and outputs; the environment stays
 	rm -rf build dist *.egg-info bench-out .pytest_cache .benchmarks .hypothesis .ruff_cache .mypy_cache
 	find kernels vlp_fast benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(OLDEST): | $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==$(OLDEST_TRITON)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "vlp_fast needs Python 3.10 or newer; $(PYTHON) is " + sys.version.split()[0])'

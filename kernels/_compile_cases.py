@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import triton
 
 from ._configs import (
+    COMBINE_BLOCK,
     CROSS_ENTROPY_CONFIGS,
     DECODE_CONFIGS,
+    DISTILLED_CONFIGS,
+    DRAW_COLUMNS,
     ELEMENTWISE,
     GELU_BLOCK,
     MULTIWAY_LINEAR_ROWS,
@@ -19,14 +22,18 @@ from ._configs import (
     POOL_CONFIGS,
     POOL_QUERIES,
     POOL_SM80,
+    SIMILARITY_CONFIGS,
     SMALL_ROWS,
     attention_configs,
 )
+from ._similarity import _combine_lse_kernel, _similarity_lse_kernel
 from .attention_backward import _attention_backward_key_kernel, _attention_backward_query_kernel
 from .attention_forward import _attention_forward_kernel
 from .attention_pool import _attention_pool_backward_kernel, _attention_pool_forward_kernel
 from .attention_small import _attention_small_backward_kernel, _attention_small_forward_kernel
+from .contrastive import _distilled_rows_kernel, _similarity_gradient_kernel
 from .decode_attention import _decode_attention_kernel, _decode_combine_kernel
+from .hard_negatives import _hard_negatives_kernel
 from .linear_cross_entropy import _cross_entropy_rows_kernel
 from .multiway_layer_norm import (
     _multiway_layer_norm_backward_kernel,
@@ -71,6 +78,7 @@ class CompileCase:
 
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
+SINCE_SM90 = ("sm_90", "sm_100", "gfx942")  # all that `before_sm90` does not mean
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -82,6 +90,7 @@ def compile_cases() -> Iterator[CompileCase]:
         _multiway_linear_cases,
         _multiway_norm_cases,
         _linear_cross_entropy_cases,
+        _contrastive_cases,
         _decode_attention_cases,
     ):
         yield from cases()
@@ -109,8 +118,8 @@ _ATTENTION_TYPES = {
 def _attention_cases() -> Iterator[CompileCase]:
     """At the widest head a configuration serves, and at 64: with causal edges and dropout, the most there is, and with neither."""
     chosen = list(attention_configs())
-    widest = {(kind, config, dtype): head_dim for kind, config, head_dim, dtype in chosen}
-    for kind, config, head_dim, dtype in chosen:
+    widest = {(kind, config, dtype): head_dim for kind, config, head_dim, dtype, _ in chosen}
+    for kind, config, head_dim, dtype, before_sm90 in chosen:
         if head_dim != widest[kind, config, dtype] and not (dtype == "bf16" and head_dim == 64):
             continue
         variants = [(True, "ieee"), (True, "tf32")] if dtype == "fp32" else [(True, "ieee"), (False, "ieee")]
@@ -140,7 +149,7 @@ def _attention_cases() -> Iterator[CompileCase]:
                 config.options,
                 matrix=dtype == "bf16",
                 wide=dtype == "bf16" and tile_rows >= 64,
-                targets=NVIDIA if precision == "tf32" else (),
+                targets=NVIDIA if precision == "tf32" else () if before_sm90 else SINCE_SM90,
             )
 
 
@@ -186,8 +195,7 @@ _POOL_TYPES = {
 
 def _attention_pool_cases() -> Iterator[CompileCase]:
     """At the widest part of a row that a program takes; with the norm, and for 16-bit also without."""
-    later = ("sm_90", "sm_100", "gfx942")
-    chosen = [(key, config, later if key in POOL_SM80 else ()) for key, config in POOL_CONFIGS.items()]
+    chosen = [(key, config, SINCE_SM90 if key in POOL_SM80 else ()) for key, config in POOL_CONFIGS.items()]
     chosen += [(key, config, ("sm_80",)) for key, config in POOL_SM80.items()]
     for (kind, itemsize), config, targets in chosen:
         dtype = {2: "bf16", 4: "fp32"}[itemsize]
@@ -249,6 +257,64 @@ def _linear_cross_entropy_cases() -> Iterator[CompileCase]:
                 )
 
 
+# -------------------------------------------------------------------------------------------- contrastive, hard_negatives
+
+
+def _contrastive_cases() -> Iterator[CompileCase]:
+    """Tiles of similarities with what is made of each, at whole steps and ragged; the kernels of rows; the draw."""
+    sizes = dict.fromkeys(
+        ("rows_a", "rows_b", "tiles_m", "tiles_n", "first", "parts", "count", "rows_q", "rows_k", "tiles"), "i32"
+    )
+    strides = dict.fromkeys(("dim", "a_row_stride", "b_row_stride", "query_row_stride", "key_row_stride"), "i32:16")
+    statistics = ("scale", "bias", "row_lse", "column_lse", "row_parts", "column_parts", "own", "sums", "values", "lse", "loss")
+    rows = ("similarities", "teacher", "parts", "uniform")
+    types = {
+        **sizes,
+        **strides,
+        **dict.fromkeys((*statistics, *rows), "*fp32"),
+        "index": "*i64",
+        "alpha": "fp32",
+        "floor": "fp32",
+    }
+    kernels = {
+        "lse": {
+            "rows and columns": (_similarity_lse_kernel, {"EXCLUDES_OWN": False}),
+            "rows without pairs": (_similarity_lse_kernel, {"EXCLUDES_OWN": True, "column_parts": None}),
+        },
+        "gradient": {
+            "softmax": (_similarity_gradient_kernel, {"bias": None}),
+            "sigmoid": (_similarity_gradient_kernel, {"row_lse": None, "column_lse": None}),
+        },
+    }
+    for (kind, itemsize), config in SIMILARITY_CONFIGS.items():
+        dtype = {2: "bf16", 4: "fp32"}[itemsize]
+        launch = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+        tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group}
+        tensors = dict.fromkeys(("a", "b", "gradient", "queries", "keys"), f"*{dtype}")
+        for flags, (jit, constexprs) in kernels[kind].items():
+            for even in (True, False) if dtype == "bf16" else (True,):
+                yield CompileCase(
+                    "contrastive", kind, dtype, "whole steps" if even else "ragged", launch, flags, jit,
+                    {**types, **tensors}, {**tile, **constexprs, "EVEN_K": even, "INPUT_PRECISION": "ieee"}, config.options,
+                    matrix=dtype == "bf16", wide=dtype == "bf16",
+                )  # fmt: skip
+        if kind == "lse":
+            yield CompileCase(
+                "hard_negatives", "draw", dtype, "512 tiles", f"{config.block_n}x{DRAW_COLUMNS} w4", "plain", _hard_negatives_kernel,
+                {**types, **tensors}, {"BLOCK_T": 512, "BLOCK_N": config.block_n, "BLOCK_K": DRAW_COLUMNS}, ELEMENTWISE, matrix=False,
+            )  # fmt: skip
+    for keys, rows_config in DISTILLED_CONFIGS.items():
+        launch = f"{rows_config.block} w{rows_config.num_warps} s3"
+        yield CompileCase(
+            "contrastive", "distilled rows", "fp32", f"{min(keys, 57856)} keys", launch, "gradient", _distilled_rows_kernel, types,
+            {"HAS_GRADIENT": True, "BLOCK": rows_config.block}, rows_config.options, matrix=False,
+        )  # fmt: skip
+    yield CompileCase(
+        "contrastive", "combine", "fp32", "any", f"{COMBINE_BLOCK} w4", "plain", _combine_lse_kernel,
+        {**types, "parts": "i32"}, {"BLOCK": COMBINE_BLOCK}, ELEMENTWISE, matrix=False,
+    )  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------- multiway
 
 _LINEAR_TYPES = {
@@ -257,35 +323,45 @@ _LINEAR_TYPES = {
     "offsets": "*i32",
 }
 _LINEAR_TENSORS = ("x", "weight", "bias", "residual", "out", "pre", "dout", "dweight", "dbias", "dpre")
+# what a product does without
+_LINEAR_ABSENT: dict[str, tuple[str, ...]] = {
+    "forward": (),
+    "forward gelu": ("residual",),
+    "forward residual": ("pre",),
+    "dx": ("bias", "residual", "pre"),
+}
 
 
 def _multiway_linear_cases() -> Iterator[CompileCase]:
     """The forward with every epilogue, the gradient of x, which reads the weight across, and that of the weight with the bias's.
 
-    Sizes that are whole tiles, as those of the models, and for 16-bit also ragged ones, which are masked.
+    Sizes that are whole tiles, as those of the models, and for 16-bit also ragged ones, which are masked. The forward with the GELU or
+    the residual only, which finishes a whole tile where the one with both takes half of it at a time, at whole tiles.
     """
     for (kind, itemsize), rows in MULTIWAY_LINEAR_ROWS.items():
         dtype = {2: "bf16", 4: "fp32"}[itemsize]
         for _, config in rows:
-            for transposed in (False, True) if kind == "product" else (False,):
+            for kernel in _LINEAR_ABSENT if kind == "product" else ("dweight",):
                 for even, precision in (
                     [(True, "ieee"), (False, "ieee")] if dtype == "bf16" else [(True, "ieee"), (True, "tf32")]
                 ):
+                    if kernel in ("forward gelu", "forward residual") and not even:
+                        continue
                     shape = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
                     constexprs = {**shape, "EVEN_N": even, "EVEN_K": even, "INPUT_PRECISION": precision}
                     types = {**dict.fromkeys(_LINEAR_TENSORS, f"*{dtype}"), **_LINEAR_TYPES}
                     if kind == "weight":
                         constexprs["GROUP_N"] = config.group
-                    elif transposed:
-                        absent = dict.fromkeys(("bias", "residual", "pre"))
-                        constexprs |= {"GROUP_M": config.group, "IS_GELU": False, "weight_column_stride": 1, **absent}
-                        types["weight_depth_stride"] = "i32:16"
                     else:
-                        constexprs |= {"GROUP_M": config.group, "IS_GELU": True, "weight_depth_stride": 1}
-                        types["weight_column_stride"] = "i32:16"
+                        one, other = "weight_depth_stride", "weight_column_stride"
+                        if kernel == "dx":
+                            one, other = other, one
+                        constexprs |= {"GROUP_M": config.group, "IS_GELU": kernel in ("forward", "forward gelu"), one: 1}
+                        constexprs |= dict.fromkeys(_LINEAR_ABSENT[kernel])
+                        types[other] = "i32:16"
                     yield CompileCase(
                         "multiway_linear",
-                        "dx" if transposed else {"product": "forward", "weight": "dweight"}[kind],
+                        kernel,
                         dtype,
                         "whole tiles" if even else "ragged",
                         f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}",

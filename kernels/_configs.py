@@ -1,8 +1,8 @@
 """Every launch number of the kernels, with the compile report that chose it. Nothing is tuned at import.
 
-No row was chosen by a stopwatch. They are what compiles for sm_80, sm_90, sm_100 and gfx942 without running out of registers, with and
-without causal edges and dropout, and with Hopper's and Blackwell's matrix instructions where a tile has 64 rows. COMPILE.md has all of
-it, also the few bytes of stack that ptxas trades for one more block per multiprocessor.
+No row was chosen by a stopwatch. They are what compiles for sm_80, sm_90, sm_100 and gfx942 without running out of registers, with the
+oldest and the newest Triton, with and without causal edges and dropout, and with Hopper's and Blackwell's matrix instructions where a
+tile has 64 rows. COMPILE.md has all of it, also the few bytes of stack that ptxas trades for one more block per multiprocessor.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class AttentionRow:
     max_head_dim: int
     max_seqlen_q: int
     config: AttentionConfig
+    before_sm90: bool = True  # whether also for NVIDIA GPUs older than Hopper
 
 
 # The figures: registers per thread on sm_80 / sm_90 / sm_100 / gfx942 and shared memory on sm_90, for the widest head with causal edges
-# and dropout, Triton 3.9.0; none of these spills.
+# and dropout, Triton 3.9.0; none of these spills, with 3.6.0 neither.
 ATTENTION_ROWS = (
     # 152 / 154 / 156 / 246, 24 KB. Captions: a 64-row tile would be half empty.
     AttentionRow("forward", 2, 64, 32, AttentionConfig(32, 64, 4, 2)),
@@ -59,11 +60,13 @@ ATTENTION_ROWS = (
     AttentionRow("backward_query", 2, 64, 32, AttentionConfig(32, 32, 2, 2)),
     # 248 / 224 / 223 / 282, 64 KB. 64x64 spills on sm_80.
     AttentionRow("backward_query", 2, 128, ANY_LENGTH, AttentionConfig(64, 32, 4, 2)),
-    # 226 / 149 / 128 / 154, 24 KB. Pooling and decoding: few queries.
+    # 223 / 157 / 128 / 150, 24 KB. Pooling and decoding: few queries.
     AttentionRow("backward_key", 2, 64, 16, AttentionConfig(16, 64, 4, 2)),
-    # 254 / 209 / 167 / 295, 32 KB. 64x64 spills on sm_80.
-    AttentionRow("backward_key", 2, 64, ANY_LENGTH, AttentionConfig(32, 64, 4, 2)),
-    # 189 / 173 / 178 / 222, 52 KB. 32x64 spills on gfx942, 4 warps on sm_100.
+    # - / 207 / 168 / 291, 32 KB. On sm_80 64x64 spills, and with Triton 3.6.0 this too.
+    AttentionRow("backward_key", 2, 64, ANY_LENGTH, AttentionConfig(32, 64, 4, 2), before_sm90=False),
+    # As for few queries: 223 on sm_80, with Triton 3.6.0 233.
+    AttentionRow("backward_key", 2, 64, ANY_LENGTH, AttentionConfig(16, 64, 4, 2)),
+    # 167 / 169 / 179 / 218, 52 KB. 32x64 spills on gfx942, 4 warps on sm_100.
     AttentionRow("backward_key", 2, 128, ANY_LENGTH, AttentionConfig(16, 64, 8, 2)),
     # 222 / 224 / 222 / 200, 26 KB. 32x32 spills everywhere but on gfx942.
     AttentionRow("forward", 4, 128, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
@@ -76,7 +79,7 @@ ATTENTION_ROWS = (
 )
 
 
-def attention_config(kind: Kind, head_dim: int, itemsize: int, max_seqlen_q: int) -> AttentionConfig:
+def attention_config(kind: Kind, head_dim: int, itemsize: int, max_seqlen_q: int, before_sm90: bool) -> AttentionConfig:
     """The launch numbers of one attention kernel.
 
     Raises:
@@ -89,6 +92,7 @@ def attention_config(kind: Kind, head_dim: int, itemsize: int, max_seqlen_q: int
                 and row.itemsize == itemsize
                 and head_dim <= row.max_head_dim
                 and max_seqlen_q <= row.max_seqlen_q
+                and (row.before_sm90 or not before_sm90)
             ):
                 return row.config
     raise ValueError(
@@ -97,12 +101,17 @@ def attention_config(kind: Kind, head_dim: int, itemsize: int, max_seqlen_q: int
     )
 
 
-def attention_configs() -> Iterator[tuple[Kind, AttentionConfig, int, str]]:
-    """Every (kind, config, head_dim, Triton dtype) that `attention_config` can choose, for the compile gate."""
+def attention_configs() -> Iterator[tuple[Kind, AttentionConfig, int, str, bool]]:
+    """Every (kind, config, head_dim, Triton dtype) that `attention_config` can choose, and whether before sm_90, for the gate."""
+    chosen: dict[tuple[Kind, AttentionConfig, int, str], bool] = {}
     for row in ATTENTION_ROWS:
         for head_dim in HEAD_DIMS:
-            if attention_config(row.kind, head_dim, row.itemsize, row.max_seqlen_q) == row.config:
-                yield row.kind, row.config, head_dim, {2: "bf16", 4: "fp32"}[row.itemsize]
+            for before_sm90 in (False, True):
+                if attention_config(row.kind, head_dim, row.itemsize, row.max_seqlen_q, before_sm90) == row.config:
+                    key = (row.kind, row.config, head_dim, {2: "bf16", 4: "fp32"}[row.itemsize])
+                    chosen[key] = chosen.get(key, False) or before_sm90
+    for (kind, config, head_dim, dtype), before_sm90 in chosen.items():
+        yield kind, config, head_dim, dtype, before_sm90
 
 
 @dataclass(frozen=True)
@@ -168,10 +177,10 @@ class PoolConfig:
 
 # (kernel, bytes per element). Registers per thread on sm_80 / sm_90 / sm_100 / gfx942 at all columns, with the norm.
 POOL_CONFIGS = {
-    ("forward", 2): PoolConfig(32, 128, 768, 8),  # 172 / 172 / 171 / 142
-    ("forward", 4): PoolConfig(16, 128, 768, 8),  # 206 / 190 / 172 / 120
+    ("forward", 2): PoolConfig(32, 128, 768, 8),  # 172 / 176 / 171 / 144
+    ("forward", 4): PoolConfig(16, 128, 768, 8),  # 206 / 178 / 166 / 122
     ("backward", 2): PoolConfig(16, 128, 768, 8),  # - / 177 / 177 / 146; 32 rows spill
-    ("backward", 4): PoolConfig(16, 32, 128, 8),  # 242 / 244 / 244 / 168; 256 columns spill on sm_90
+    ("backward", 4): PoolConfig(16, 32, 128, 8),  # 248 / 250 / 250 / 134; 256 columns spill on sm_90
 }
 POOL_SM80 = {("backward", 2): PoolConfig(16, 128, 384, 8)}  # before sm_90 the compiler needs more registers: 768 columns spill
 
@@ -216,15 +225,16 @@ class LinearConfig:
 
 
 # (kernel, bytes per element) -> (longest run of an expert, config), the first that fits. The figures: registers per thread on sm_80 /
-# sm_90 / sm_100 / gfx942 with every epilogue, whole tiles, and shared memory on sm_90 / gfx942, Triton 3.9.0; none of these spills.
+# sm_90 / sm_100 / gfx942 with the epilogue that needs most, whole tiles, and shared memory on sm_90 / gfx942, Triton 3.9.0; none of these
+# spills, with 3.6.0 neither. GELU and residual together would need 242 / 228 / 174 / 136 at once, and with 3.6.0 more than there are.
 MULTIWAY_LINEAR_ROWS = {
     ("product", 2): (
-        # 240 / 226 / 178 / 150, 72 / 48 KB. Captions alone: a 128-row tile would be half empty.
+        # 185 / 174 / 174 / 150, 72 / 48 KB. Captions alone: a 128-row tile would be half empty.
         (64, LinearConfig(64, 128, 64, 4, 3)),
-        # 242 / 228 / 174 / 136, 96 / 64 KB, all that gfx942 has. Without epilogues 192 / 114 / 90 / 120.
+        # 187 / 170 / 172 / 114, 96 / 64 KB, all that gfx942 has. The gradient of x, without epilogue: 192 / 114 / 98 / 120.
         (ANY_LENGTH, LinearConfig(128, 128, 64, 8, 3)),
     ),
-    # 106 / 80 / 80 / 56, 16 / 16 KB.
+    # 108 / 80 / 80 / 58, 16 / 16 KB.
     ("product", 4): ((ANY_LENGTH, LinearConfig(64, 64, 16, 8, 2)),),
     # 164 / 154 / 120 / 167, 82 / 48 KB.
     ("weight", 2): ((ANY_LENGTH, LinearConfig(64, 128, 128, 8, 3)),),
@@ -343,3 +353,60 @@ def decode_config(itemsize: int, rows: int) -> DecodeConfig:
         if size == itemsize and rows <= most:
             return config
     raise ValueError(f"decoding kernels take elements of 2 or 4 bytes; received {itemsize}.")
+
+
+# -------------------------------------------------------------------------------------------- contrastive, hard_negatives
+
+COMBINE_BLOCK = 256  # rows or columns whose parts one program adds up
+DRAW_COLUMNS = 32  # columns at a time of a row against one tile of keys
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """A tile of block_m rows by block_n columns of similarities, in steps of block_k. `group`: as in `LinearConfig`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+# (kernel, bytes per element). The figures: registers per thread on sm_80 / sm_90 / sm_100 / gfx942 at the most a launch can ask, and
+# shared memory on sm_90 / gfx942, Triton 3.9.0.
+SIMILARITY_CONFIGS = {
+    # 181 / 189 / 254 / 122, 96 / 64 KB.
+    ("lse", 2): SimilarityConfig(128, 128, 64, 8, 3),
+    # 114 / 104 / 80 / 60, 8 / 8 KB.
+    ("lse", 4): SimilarityConfig(64, 64, 16, 8, 2),
+    # 157 / 155 / 192 / 103, 72 / 48 KB. The sigmoid spills at 128x128, and at 64x128 with 4 warps.
+    ("gradient", 2): SimilarityConfig(128, 64, 64, 8, 3),
+    # 120 / 95 / 109 / 92, 16 / 8 KB.
+    ("gradient", 4): SimilarityConfig(64, 64, 16, 8, 2),
+}
+
+
+def similarity_config(kind: Literal["lse", "gradient"], itemsize: int) -> SimilarityConfig:
+    """The launch numbers of tiles of similarities: their log-sum-exps, or the loss's gradient.
+
+    Raises:
+        ValueError: a dtype that no kernel takes.
+    """
+    if (kind, itemsize) not in SIMILARITY_CONFIGS:
+        raise ValueError(f"contrastive kernels take elements of 2 or 4 bytes; received {itemsize}.")
+    return SIMILARITY_CONFIGS[kind, itemsize]
+
+
+# keys up to: configuration of the rows of a loss with soft targets. 104 / 104 / 102 / 65 registers; 8192 columns spill.
+DISTILLED_CONFIGS = {1024: CrossEntropyConfig(1024, 4), ANY_LENGTH: CrossEntropyConfig(4096, 16)}
+
+
+def distilled_config(keys: int) -> CrossEntropyConfig:
+    """The launch numbers for rows of so many keys."""
+    return next(config for most, config in DISTILLED_CONFIGS.items() if keys <= most)

@@ -24,6 +24,7 @@ from ._attention_common import (
     _segment,
     _store_tile,
     _visible_end,
+    before_sm90,
     input_precision,
     on_device_of,
     readable,
@@ -34,10 +35,16 @@ from .attention_small import attention_small_backward
 
 
 @triton.jit
-def _lse_log2(lse, mask):
-    """lse in units of log2; +inf, with which every weight is 0, for rows that see no key or do not exist."""
+def _row_lse(lse, mask):
+    """lse; +inf, with which every weight is 0, for rows that see no key or do not exist."""
     row_lse = tl.load(lse, mask=mask, other=float("inf"))
-    return tl.where(row_lse == -float("inf"), float("inf"), row_lse) * LOG2_E
+    return tl.where(row_lse == -float("inf"), float("inf"), row_lse)
+
+
+@triton.jit
+def _weights(scores, scale, lse):
+    """exp(scores * scale - lse). The difference comes before the change of base: large scores would lose digits in both products."""
+    return tl.exp2((scores * scale - lse) * LOG2_E)
 
 
 # ------------------------------------------------------------------------------------------------------------ query gradient
@@ -46,7 +53,7 @@ def _lse_log2(lse, mask):
 @triton.jit
 def _accumulate_dq(
     dq_acc, q_tile, dout_tile, row_lse, row_delta, query_hash, row_end, k_base, v_base, key_first, key_length, row_stride,
-    full_end, end, scale_log2, dropout_threshold,
+    full_end, end, softmax_scale, dropout_threshold,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_acc + dscores k over the key tiles up to `end`; from `full_end` on they are masked."""
@@ -55,7 +62,7 @@ def _accumulate_dq(
         k_tile = _load_tile(k_base, first_column, key_length, row_stride, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
         v_tile = _load_tile(v_base, first_column, key_length, row_stride, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        weights = tl.exp2(scores * scale_log2 - row_lse[:, None])  # [BLOCK_M, BLOCK_N]
+        weights = _weights(scores, softmax_scale, row_lse[:, None])  # [BLOCK_M, BLOCK_N]
         if first_column >= full_end:
             weights = tl.where(columns[None, :] < row_end[:, None], weights, 0.0)
         dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -93,7 +100,6 @@ def _attention_backward_query_kernel(
         return
 
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    scale_log2 = softmax_scale * LOG2_E
     q_base = _query_base(q, query_first, head, q_row_stride, q_head_stride, SHARES_QUERIES)
     q_tile = _load_tile(q_base, first_row, query_length, q_row_stride, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     dense_first = (query_first * num_heads + head) * HEAD_DIM  # out, dout and dq are dense
@@ -103,7 +109,7 @@ def _attention_backward_query_kernel(
 
     row_mask = rows < query_length
     statistics = head.to(tl.int64) * rows_q + query_first + rows  # [BLOCK_M]
-    row_lse = _lse_log2(lse + statistics, row_mask)  # [BLOCK_M]
+    row_lse = _row_lse(lse + statistics, row_mask)  # [BLOCK_M]
     row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)  # [BLOCK_M]
     if dlse is not None:
         row_delta -= tl.load(dlse + statistics, mask=row_mask, other=0.0)
@@ -124,7 +130,7 @@ def _attention_backward_query_kernel(
         v_base = v + key_first * k_row_stride + key_head
         dq_acc = _accumulate_dq(
             dq_acc, q_tile, dout_tile, row_lse, row_delta, query_hash, row_end, k_base, v_base, key_first, key_length, k_row_stride,
-            full_end, end, scale_log2, dropout_threshold, HEAD_DIM, BLOCK_N, HAS_DROPOUT, INPUT_PRECISION,
+            full_end, end, softmax_scale, dropout_threshold, HEAD_DIM, BLOCK_N, HAS_DROPOUT, INPUT_PRECISION,
         )  # fmt: skip
     _store_tile(dq + dense_first, dq_acc * softmax_scale, first_row, query_length, dense_stride, BLOCK_M, HEAD_DIM)
 
@@ -135,7 +141,7 @@ def _attention_backward_query_kernel(
 @triton.jit
 def _accumulate_dk_dv(
     dk_acc, dv_acc, k_tile, v_tile, key_hash, columns, q_base, dout_base, lse_base, delta_base, seed, head, query_first,
-    query_length, key_length, causal, row_stride, dense_stride, first, full_first, scale_log2, dropout_threshold,
+    query_length, key_length, causal, row_stride, dense_stride, first, full_first, softmax_scale, dropout_threshold,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, HAS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +151,10 @@ def _accumulate_dk_dv(
         q_tile = _load_tile(q_base, first_row, query_length, row_stride, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
         dout_tile = _load_tile(dout_base, first_row, query_length, dense_stride, BLOCK_M, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
         row_mask = rows < query_length
-        row_lse = _lse_log2(lse_base + rows, row_mask)  # [BLOCK_M]
+        row_lse = _row_lse(lse_base + rows, row_mask)  # [BLOCK_M]
         row_delta = tl.load(delta_base + rows, mask=row_mask, other=0.0)  # [BLOCK_M]
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-        weights = tl.exp2(scores * scale_log2 - row_lse[None, :])  # [BLOCK_N, BLOCK_M]
+        weights = _weights(scores, softmax_scale, row_lse[None, :])  # [BLOCK_N, BLOCK_M]
         if HAS_CAUSAL:
             if first_row < full_first:
                 row_end = _visible_end(rows, query_length, key_length, causal, HAS_CAUSAL)  # [BLOCK_M]
@@ -192,7 +198,6 @@ def _attention_backward_key_kernel(
         return
 
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    scale_log2 = softmax_scale * LOG2_E
     # Columns beyond the segment are zero keys: they spoil only their own rows of dk and dv, which are not stored.
     key_offset = key_first * k_row_stride + key_head.to(tl.int64) * k_head_stride
     k_tile = _load_tile(k + key_offset, first_column, key_length, k_row_stride, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
@@ -215,7 +220,7 @@ def _attention_backward_key_kernel(
             statistics = head.to(tl.int64) * rows_q + query_first
             dk_acc, dv_acc = _accumulate_dk_dv(
                 dk_acc, dv_acc, k_tile, v_tile, key_hash, columns, q_base, dout_base, lse + statistics, delta + statistics, seed,
-                head, query_first, query_length, key_length, causal, q_row_stride, dense_stride, first, full_first, scale_log2,
+                head, query_first, query_length, key_length, causal, q_row_stride, dense_stride, first, full_first, softmax_scale,
                 dropout_threshold, HEAD_DIM, BLOCK_M, HAS_CAUSAL, HAS_DROPOUT, INPUT_PRECISION,
             )  # fmt: skip
     key_dense_first = (key_first * num_heads_k + key_head) * HEAD_DIM
@@ -277,7 +282,7 @@ def attention_backward(
     dq = torch.empty((rows_q, num_heads, head_dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((rows_k, num_heads_k, head_dim), dtype=k.dtype, device=k.device) for _ in "kv")
     delta = torch.empty((num_heads, rows_q), dtype=torch.float32, device=q.device)
-    facts = (head_dim, q.element_size(), max_seqlen_q)
+    facts = (head_dim, q.element_size(), max_seqlen_q, before_sm90(q))
     group = num_heads // max(num_heads_k, 1)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
     scalars = (softmax_scale, threshold_bits(dropout_p))

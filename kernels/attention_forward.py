@@ -24,6 +24,7 @@ from ._attention_common import (
     _segment,
     _store_tile,
     _visible_end,
+    before_sm90,
     input_precision,
     on_device_of,
     readable,
@@ -169,7 +170,7 @@ def attention_forward(
     lse = torch.empty((num_heads, rows_q), dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out.to(dtype), lse
-    config = attention_config("forward", head_dim, q.element_size(), max_seqlen_q)
+    config = attention_config("forward", head_dim, q.element_size(), max_seqlen_q, before_sm90(q))
     tiles = triton.cdiv(max_seqlen_q, config.block_m)
     with on_device_of(q):
         _attention_forward_kernel[((query_offsets.numel() - 1) * num_heads * tiles,)](

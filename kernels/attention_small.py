@@ -30,11 +30,11 @@ from ._configs import SmallConfig
 
 
 @triton.jit
-def _small_scores(q_tile, k_tile, rows, query_length, key_length, causal, scale_log2, HAS_CAUSAL: tl.constexpr,
+def _small_scores(q_tile, k_tile, rows, query_length, key_length, causal, scale, HAS_CAUSAL: tl.constexpr,
                   INPUT_PRECISION: tl.constexpr):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] scores in units of log2, -inf where a row does not see a key."""
+    """[BLOCK_M, BLOCK_N] scores times scale, -inf where a row does not see a key."""
     columns = tl.arange(0, k_tile.shape[0])  # [BLOCK_N]
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=INPUT_PRECISION) * scale_log2
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=INPUT_PRECISION) * scale
     row_end = _visible_end(rows, query_length, key_length, causal, HAS_CAUSAL)  # [BLOCK_M]
     return tl.where(columns[None, :] < row_end[:, None], scores, -float("inf"))
 
@@ -128,9 +128,10 @@ def _attention_small_backward_kernel(
     row_delta = tl.where(no_key, 0.0, row_delta)  # lse is -inf there and may have any gradient
     causal = tl.load(edge_causal + segment)
     scores = _small_scores(
-        q_tile, k_tile, rows, query_length, key_length, causal, softmax_scale * LOG2_E, HAS_CAUSAL, INPUT_PRECISION
+        q_tile, k_tile, rows, query_length, key_length, causal, softmax_scale, HAS_CAUSAL, INPUT_PRECISION
     )  # [BLOCK, BLOCK]
-    weights = tl.exp2(scores - tl.where(no_key, float("inf"), row_lse * LOG2_E)[:, None])
+    # the difference comes before the change of base: large scores would lose digits in both products
+    weights = tl.exp2((scores - tl.where(no_key, float("inf"), row_lse)[:, None]) * LOG2_E)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=INPUT_PRECISION)  # [BLOCK, BLOCK]
     kept = weights
     if HAS_DROPOUT:

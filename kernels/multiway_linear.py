@@ -35,6 +35,25 @@ def _normal_distribution(x):
     return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
 
 
+@triton.jit
+def _store_finished(
+    acc, residual, residual_base, out, pre, base, row_mask, width_left, width, residual_row_stride, IS_GELU: tl.constexpr
+):  # fmt: skip
+    """Store a tile as it is in pre, and finished in out. `base`: where it begins in both. `width_left`: columns from there on."""
+    rows = tl.arange(0, acc.shape[0])
+    columns = tl.arange(0, acc.shape[1])
+    mask = row_mask[:, None] & (columns < width_left)[None, :]
+    in_tile = rows[:, None] * width + columns[None, :]  # the tile's shape
+    if pre is not None:
+        tl.store(pre + base + in_tile, acc.to(pre.dtype.element_ty), mask=mask)
+    if IS_GELU:
+        acc = acc * _normal_distribution(acc)
+    if residual is not None:
+        residual_pointers = residual + residual_base + (rows[:, None] * residual_row_stride + columns[None, :])
+        acc += tl.load(residual_pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + base + in_tile, acc.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["tiles_m", "num_experts"])
 def _multiway_linear_kernel(
     # pointers in
@@ -83,18 +102,22 @@ def _multiway_linear_kernel(
     if bias is not None:
         bias_pointers = bias + tl.cast(expert, tl.int64) * width + first_column + columns
         acc += tl.load(bias_pointers, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    mask = (rows < row_count)[:, None] & column_mask[None, :]
-    in_tile = rows[:, None] * width + columns[None, :]  # [BLOCK_M, BLOCK_N]
+    row_mask, width_left = rows < row_count, width - first_column
     base = tl.cast(first_row, tl.int64) * width + first_column
-    if pre is not None:
-        tl.store(pre + base + in_tile, acc.to(pre.dtype.element_ty), mask=mask)
-    if IS_GELU:
-        acc = acc * _normal_distribution(acc)
-    if residual is not None:
-        residual_pointers = residual + tl.cast(first_row, tl.int64) * residual_row_stride + first_column
-        residual_pointers += rows[:, None] * residual_row_stride + columns[None, :]
-        acc += tl.load(residual_pointers, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + base + in_tile, acc.to(out.dtype.element_ty), mask=mask)
+    residual_base = tl.cast(first_row, tl.int64) * residual_row_stride + first_column
+    if IS_GELU and residual is not None:
+        # a whole tile of the two together needs more registers than there are: first the left half of the columns, then the right
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), (0, 2, 1)))  # [BLOCK_M, HALF]
+        _store_finished(
+            left, residual, residual_base, out, pre, base, row_mask, width_left, width, residual_row_stride, IS_GELU
+        )
+        width_left, base, residual_base = width_left - HALF, base + HALF, residual_base + HALF
+        _store_finished(
+            right, residual, residual_base, out, pre, base, row_mask, width_left, width, residual_row_stride, IS_GELU
+        )
+    else:
+        _store_finished(acc, residual, residual_base, out, pre, base, row_mask, width_left, width, residual_row_stride, IS_GELU)
 
 
 @triton.jit(do_not_specialize=["num_experts"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlp_fast._version import __version__
-from vlp_fast.ops import BACKENDS, backend_status, default_backend
+from vlp_fast.ops import BACKENDS, backend_status, default_backend, fp32_products
 
 __all__ = [
     "backend_report",
@@ -54,13 +54,16 @@ def _version(module: str, distributions: tuple[str, ...]) -> str | None:
 
 
 def cpu_report() -> dict[str, Any]:
-    """The processor: its name, the cores this process may use, torch's threads, the instruction set its kernels use."""
-    affinity = getattr(os, "sched_getaffinity", None)
+    """The processor: its name, the cores this process may use, torch's threads, the instruction set its kernels use, and which library
+    multiplies fp32 matrices on the torch backend.
+    """
+    affinity, (library, reason) = getattr(os, "sched_getaffinity", None), fp32_products()
     return {
         "name": _cpu_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "fp32_products": {"library": library, "reason": reason},
     }
 
 
@@ -159,6 +162,7 @@ def stamp(device: torch.device | str, **settings: Any) -> dict[str, Any]:
         "device_name": device_name(device),
         "cpu": cpu["name"],
         "instructions": cpu["instructions"],
+        "fp32_products": cpu["fp32_products"]["library"],
         "threads": cpu["threads"],
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         **settings,

@@ -1,6 +1,8 @@
 """The losses of vision-language pretraining, on features, hidden rows and logits that a model has already made.
 
-Those that are operations come from `vlp_fast.ops`; contrast over the batches of several processes and the matching loss are here.
+Those that are operations come from `vlp_fast.ops`; contrast over the batches of several processes and the matching loss are here. In a
+group of processes, each computes the loss of its own pairs against all rows; the mean of their losses, and of their gradients, is that
+of the whole batch.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from vlp_fast import ops
 from vlp_fast.distributed import gather_features, world
-from vlp_fast.ops import distilled_contrastive_loss, hard_negatives, linear_cross_entropy, sigmoid_contrastive_loss
+from vlp_fast.ops import distilled_contrastive_loss, linear_cross_entropy
 
 __all__ = [
     "contrastive_loss",
@@ -24,32 +26,95 @@ __all__ = [
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, group: object | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    group: object | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """InfoNCE in both directions, averaged: pair i is (image i, text i), all others of all processes' batches are negatives.
 
     Args:
         image_features, text_features: ``[batch, dim]``, L2-normalised. logit_scale: scalar that multiplies the similarities.
-        group: of processes; default: all, where torch.distributed is initialised. Each computes the loss of its own pairs against
-            all rows; the mean of their losses, and of their gradients, is that of the whole batch.
+        group: of processes; default: all, where torch.distributed is initialised. backend: "triton", "torch" or None.
 
     Raises: ValueError for shapes that differ, or batches of different sizes.
     Source: Radford et al., CLIP (2021), figure 3; CoCa, equation 4.
     """
     rank, size = world(group)
     if size == 1:
-        return ops.contrastive_loss(image_features, text_features, logit_scale)
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"image_features and text_features must have one shape; received {list(image_features.shape)} and "
-            f"{list(text_features.shape)}."
-        )
+        return ops.contrastive_loss(image_features, text_features, logit_scale, backend=backend)
+    _check_pairs(image_features, text_features)
     image, text = (x if x.dtype == torch.float64 else x.float() for x in (image_features, text_features))
     images, texts = gather_features(image, group), gather_features(text, group)
     scale, own = logit_scale.to(image.dtype), torch.arange(len(image), device=image.device) + rank * len(image)
     with torch.autocast(image.device.type, enabled=False):
-        one, other = linear_cross_entropy(image * scale, texts, own), linear_cross_entropy(text * scale, images, own)
+        one = linear_cross_entropy(image * scale, texts, own, backend=backend)
+        other = linear_cross_entropy(text * scale, images, own, backend=backend)
     return (one + other) / 2
+
+
+def sigmoid_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: object | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Every (image, text) of all processes' batches as a question of its own; summed over pairs, averaged over images.
+
+    Args:
+        image_features, text_features: ``[batch, dim]``, L2-normalised. logit_scale, logit_bias: scalars.
+        group, backend: as in `contrastive_loss`.
+
+    Raises: ValueError for shapes that differ, or batches of different sizes.
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), equation 1.
+    """
+    _check_pairs(image_features, text_features)
+    rank, _ = world(group)
+    texts, first = gather_features(text_features, group), rank * len(text_features)
+    return ops.sigmoid_contrastive_loss(image_features, texts, logit_scale, logit_bias, first=first, backend=backend)
+
+
+@torch.no_grad()
+def hard_negatives(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    floor: float = 1e-4,
+    generator: torch.Generator | None = None,
+    all_processes: bool = False,
+    group: object | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """For each row one key other than its own, drawn with weights softmax(similarities) + floor; on the device.
+
+    Args:
+        queries, keys: ``[batch, dim]``; key i belongs to row i. logit_scale, floor, generator, backend: as in
+            `vlp_fast.ops.hard_negatives`.
+        all_processes: draw from the keys of all processes of `group` (default: all), not only from those of this one. The numbers
+            returned then count through the batches in the order of ranks, as the rows of `vlp_fast.distributed.gather_features`,
+            which waits for the device once to compare sizes; nothing else here does.
+
+    Returns: int64 ``[batch]``.
+    Raises: ValueError for shapes that differ, a single pair, or batches of different sizes.
+    Source: Li et al., BLIP (2022), section 3.2; its retrieval fine-tuning draws from all processes.
+    """
+    _check_pairs(queries, keys, "queries", "keys")
+    first = 0
+    if all_processes:
+        first = world(group)[0] * len(keys)
+        keys = gather_features(keys, group)
+    return ops.hard_negatives(queries, keys, logit_scale, floor=floor, first=first, generator=generator, backend=backend)
+
+
+def _check_pairs(one: Tensor, other: Tensor, name: str = "image_features", other_name: str = "text_features") -> None:
+    if one.shape != other.shape:
+        raise ValueError(f"{name} and {other_name} must have one shape; received {list(one.shape)} and {list(other.shape)}.")
 
 
 def matching_loss(logits: Tensor, num_positive: int) -> Tensor:

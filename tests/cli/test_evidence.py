@@ -127,6 +127,15 @@ def test_a_failure_after_a_success_is_what_counts(results):
     assert states(results(bad, good, later), "attention") == ["verified"]
 
 
+def test_a_newer_check_that_timed_nothing_keeps_the_timings_of_the_same_source(results):
+    today, later = source_hash("attention"), "2027-02-01T00:00:00+00:00"
+    folder = results(report(source=today), report(source=today, date=later, timings=[]))
+    row = json.loads(run("--json", "--results", folder).stdout)["families"][0]
+    assert (row["date"], row["speed"]["mean"]) == (later, pytest.approx(1.6))
+    folder = results(report(source="before"), report(source=today, date=later, timings=[]))
+    assert json.loads(run("--json", "--results", folder).stdout)["families"][0]["speed"] is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"tiny": True}, {"kind": "bench"}, {"stamp": {"device": "cpu", "device_name": "x", "date": "2027", "commit": "1"}}],

@@ -8,15 +8,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from vlp_fast import losses
+from vlp_fast import losses, reference
 from vlp_fast.distributed import gather_features, world
 
 BATCH, DIM, SIZE = 3, 5, 2
 
 
-def loss_of(weight, scale, inputs):
-    image, text = (F.normalize(x @ w, dim=1) for x, w in zip(inputs, weight, strict=True))
-    return losses.contrastive_loss(image, text, scale)
+LOSSES = {
+    "softmax": losses.contrastive_loss,
+    "sigmoid": lambda image, text, scale: losses.sigmoid_contrastive_loss(image, text, scale, -scale / 2),
+}
+
+
+def features(weight, inputs):
+    return [F.normalize(x @ w, dim=1) for x, w in zip(inputs, weight, strict=True)]
 
 
 def make():
@@ -31,14 +36,18 @@ def run(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=SIZE)
     weight, scale, inputs = make()
-    loss = loss_of(weight, scale, [x[rank * BATCH : (rank + 1) * BATCH] for x in inputs])
-    grads = torch.autograd.grad(loss, [*weight, scale])
+    image, text = features(weight, [x[rank * BATCH : (rank + 1) * BATCH] for x in inputs])
+    found = {}
+    for name, function in LOSSES.items():
+        loss = function(image, text, scale)
+        found[name] = loss.detach(), torch.autograd.grad(loss, [*weight, scale], retain_graph=True)
+    drawn = losses.hard_negatives(image, text, scale, all_processes=True, generator=torch.Generator().manual_seed(rank))
     try:
         gather_features(torch.zeros(2 + rank, DIM))
         refused = ""
     except ValueError as error:
         refused = str(error)
-    torch.save({"loss": loss.detach(), "grads": grads, "world": world(), "refused": refused}, f"{folder}/{rank}.pt")
+    torch.save({"losses": found, "drawn": drawn, "world": world(), "refused": refused}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -50,13 +59,25 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
 
 
-def test_contrastive_loss_of_two_processes_is_that_of_one(results):
+@pytest.mark.parametrize("name", LOSSES)
+def test_contrastive_losses_of_two_processes_are_those_of_one(results, name):
     weight, scale, inputs = make()
-    expected = loss_of(weight, scale, inputs)
-    torch.testing.assert_close(sum(r["loss"] for r in results) / SIZE, expected.detach())
+    expected = LOSSES[name](*features(weight, inputs), scale)
+    torch.testing.assert_close(sum(r["losses"][name][0] for r in results) / SIZE, expected.detach())
     grads = torch.autograd.grad(expected, [*weight, scale])
     for i, exact in enumerate(grads):
-        torch.testing.assert_close(sum(r["grads"][i] for r in results) / SIZE, exact)
+        torch.testing.assert_close(sum(r["losses"][name][1][i] for r in results) / SIZE, exact)
+
+
+def test_hard_negatives_of_two_processes_are_drawn_from_both(results):
+    weight, scale, inputs = make()
+    image, text = (x.detach() for x in features(weight, inputs))
+    for rank in range(SIZE):
+        uniform = torch.rand(BATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        rows = slice(rank * BATCH, (rank + 1) * BATCH)
+        expected = reference.hard_negatives(image[rows], text, scale.detach(), uniform, first=rank * BATCH)
+        assert torch.equal(results[rank]["drawn"], expected)
+    assert any((r["drawn"] // BATCH != rank).any() for rank, r in enumerate(results))
 
 
 def test_processes_know_their_place(results):

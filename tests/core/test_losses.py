@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vlp_fast import losses
 
 BATCH, DIM, QUEUE = 5, 8, 7
+ONE = torch.tensor(1.0)
 
 
 @pytest.fixture
@@ -109,6 +110,18 @@ def test_hard_negatives_are_repeatable():
 def test_hard_negatives_need_two_pairs():
     with pytest.raises(ValueError, match="hard negatives need at least 2 pairs in the batch; received 1."):
         drawn_from(torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: losses.sigmoid_contrastive_loss(x, x[:1], ONE, ONE), r"must have one shape; received \[2, 3\] and \[1, 3\]"),
+        (lambda x: losses.hard_negatives(x, x[:1], ONE), "queries and keys must have one shape"),
+    ],
+)
+def test_losses_refuse_pairs_of_different_sizes(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(torch.zeros(2, 3))
 
 
 def test_matching_loss_is_cross_entropy_with_the_positives_first():

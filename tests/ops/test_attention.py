@@ -39,13 +39,14 @@ def build(name, device):
     return plan
 
 
-def compare(qkv, plan, backend, **options):
+def compare(qkv, plan, backend, factor=2.0, **options):
     names = ["out", *(["lse"] if options.get("return_lse") else []), "dq", "dk", "dv"]
     assert_matches_reference(
         lambda *t: attention(*t, plan, backend=backend, **options),
         lambda *t: reference.attention(*t, plan, **options),
         qkv,
         names=names,
+        factor=factor,
     )
 
 
@@ -123,7 +124,8 @@ def test_attention_scores_far_from_zero_everywhere(name, score, backend, make_qk
     q, k, v = make_qkv(plan)
     shift = torch.zeros(16, device=device)
     shift[0] = abs(score) ** 0.5 * 2
-    compare([q + shift.copysign(torch.tensor(score)), k + shift, v], plan, backend, return_lse=True)
+    # the baseline rounds a score of 2000 once; a kernel forms it again in the backward, in another order, and rounds lse too
+    compare([q + shift.copysign(torch.tensor(score)), k + shift, v], plan, backend, factor=4.0, return_lse=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import DropPath, MultiwayAttention, MultiwayFFN, MultiwayLayerNorm, PatchEmbedding, init_transformer
+from vlp_fast.modules import (
+    DropPath,
+    Linear,
+    MultiwayAttention,
+    MultiwayFFN,
+    MultiwayLayerNorm,
+    PatchEmbedding,
+    init_transformer,
+)
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
@@ -157,8 +165,8 @@ class Beit3(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.dim)
         self.text_position = nn.Embedding(config.max_positions, config.dim)
         self.encoder = Beit3Encoder(config)
-        self.visual_head = nn.Linear(config.dim, config.visual_vocab_size)
-        self.word_head = nn.Linear(config.dim, config.vocab_size)
+        self.visual_head = Linear(config.dim, config.visual_vocab_size)
+        self.word_head = Linear(config.dim, config.vocab_size)
         self.apply(init_transformer)
         for parameter in (self.class_token, self.mask_token, self.image_position):
             nn.init.trunc_normal_(parameter, std=0.02)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import PostNormBlock, TextEmbedding, VisionTransformer, init_transformer
+from vlp_fast.modules import Linear, PostNormBlock, TextEmbedding, VisionTransformer, init_transformer
+from vlp_fast.ops import linear
 from vlp_fast.passes import PassInfo, TextPass, pack_passes, with_first_token
 from vlp_fast.segments import Segments
 
@@ -175,11 +176,11 @@ class Blip(nn.Module):
         self.config = config
         self.image_encoder = BlipImageEncoder(config)
         self.text_tower = BlipTextTower(config)
-        self.image_projection = nn.Linear(config.vision_dim, config.embed_dim)
-        self.text_projection = nn.Linear(config.dim, config.embed_dim)
+        self.image_projection = Linear(config.vision_dim, config.embed_dim)
+        self.text_projection = Linear(config.dim, config.embed_dim)
         self.temperature = nn.Parameter(torch.tensor(0.07))
-        self.itm_head = nn.Linear(config.dim, 2)
-        self.lm_transform = nn.Linear(config.dim, config.dim)
+        self.itm_head = Linear(config.dim, 2)
+        self.lm_transform = Linear(config.dim, config.dim)
         self.lm_norm = nn.LayerNorm(config.dim, config.text_eps)
         self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         for head in (self.image_projection, self.text_projection, self.itm_head, self.lm_transform):
@@ -220,7 +221,7 @@ class Blip(nn.Module):
 
     def word_logits(self, rows: Tensor) -> Tensor:
         """Rows of a captioning pass -> ``[rows, vocab_size]``."""
-        return F.linear(self.word_hidden(rows), *self.word_weights())
+        return linear(self.word_hidden(rows), *self.word_weights())
 
 
 def project(rows: Tensor, segments: Segments, projection: nn.Linear) -> Tensor:

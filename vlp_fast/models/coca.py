@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import AttentionalPooler, PreNormBlock, VisionTransformer, init_transformer
+from vlp_fast.modules import AttentionalPooler, Linear, PreNormBlock, VisionTransformer, init_transformer
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
@@ -157,7 +157,7 @@ class CocaDecoder(nn.Module):
             for _ in range(config.multimodal_depth)
         )
         self.norm = nn.LayerNorm(config.dim, config.eps)
-        self.words = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.words = Linear(config.dim, config.vocab_size, bias=False)
         self.apply(init_transformer)
 
     def describe(self, rows: Tensor, segments: Segments, *images: object) -> PassInfo:
@@ -229,8 +229,8 @@ class Coca(nn.Module):
         self.image_encoder = CocaImageEncoder(config)
         self.text_encoder = CocaTextEncoder(config)
         self.text_decoder = CocaDecoder(config)
-        self.image_projection = nn.Linear(config.dim, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.dim, config.embed_dim, bias=False)
+        self.image_projection = Linear(config.dim, config.embed_dim, bias=False)
+        self.text_projection = Linear(config.dim, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale
         for head in (self.image_projection, self.text_projection):
             init_transformer(head)

@@ -4,6 +4,7 @@ from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.blocks import PostNormBlock, PreNormBlock
 from vlp_fast.modules.embeddings import PatchEmbedding, TextEmbedding, init_transformer
 from vlp_fast.modules.feedforward import MLP, DropPath
+from vlp_fast.modules.linear import Linear
 from vlp_fast.modules.multiway import MultiwayAttention, MultiwayFFN, MultiwayLayerNorm, MultiwayLinear
 from vlp_fast.modules.pooler import AttentionalPooler
 from vlp_fast.modules.vision_transformer import VisionTransformer
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionalPooler",
     "CrossAttention",
     "DropPath",
+    "Linear",
     "MultiwayAttention",
     "MultiwayFFN",
     "MultiwayLayerNorm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.modules.linear import Linear
 from vlp_fast.ops import attention
 
 __all__ = ["CrossAttention", "SelfAttention"]
@@ -31,8 +32,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         _check_heads(dim, num_heads)
         self.num_heads, self.dropout_p, self.backend = num_heads, dropout_p, backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias)
-        self.proj = nn.Linear(dim, dim, bias)
+        self.qkv = Linear(dim, 3 * dim, bias)
+        self.proj = Linear(dim, dim, bias)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
@@ -65,9 +66,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         _check_heads(dim, num_heads)
         self.num_heads, self.dropout_p, self.backend = num_heads, dropout_p, backend
-        self.query = nn.Linear(dim, dim, bias)
-        self.key_value = nn.Linear(context_dim, 2 * dim, bias)
-        self.proj = nn.Linear(dim, dim, bias)
+        self.query = Linear(dim, dim, bias)
+        self.key_value = Linear(context_dim, 2 * dim, bias)
+        self.proj = Linear(dim, dim, bias)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[context_rows, num_heads, head_dim]``, views of one buffer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlp_fast.modules.linear import Linear
+
 __all__ = ["PatchEmbedding", "TextEmbedding"]
 
 
@@ -25,7 +27,7 @@ class PatchEmbedding(nn.Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = image_size // patch_size
         self.num_patches = self.grid**2
-        self.proj = nn.Linear(3 * patch_size**2, dim)
+        self.proj = Linear(3 * patch_size**2, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import _check_heads
-from vlp_fast.ops import attention, attention_only, attention_pool
+from vlp_fast.modules.linear import Linear
+from vlp_fast.ops import attention, attention_only, attention_pool, linear
 from vlp_fast.segments import Segments
 
 __all__ = ["AttentionalPooler"]
@@ -33,7 +33,7 @@ class _PoolerAttention(nn.Module):
             for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
                 nn.init.xavier_uniform_(weight)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -92,11 +92,11 @@ class AttentionalPooler(nn.Module):
         weight_q, weight_kv = self.attn.weights()
         dim = weight_q.shape[0]
         bias_q, bias_kv = self.attn.in_proj_bias[:dim], self.attn.in_proj_bias[dim:]
-        q = F.linear(self.ln_q(self.query), weight_q, bias_q).unflatten(1, (self.n_head, -1))  # [n_queries, n_head, head_dim]
+        q = linear(self.ln_q(self.query), weight_q, bias_q).unflatten(1, (self.n_head, -1))  # [n_queries, n_head, head_dim]
         if self.n_queries == 1:
             pooled = self._pool_one(x, plan, q[0], weight_kv[:dim], weight_kv[dim:], bias_kv[dim:])
         else:
-            k, v = F.linear(self.ln_k(x), weight_kv, bias_kv).unflatten(1, (2, self.n_head, -1)).unbind(1)
+            k, v = linear(self.ln_k(x), weight_kv, bias_kv).unflatten(1, (2, self.n_head, -1)).unbind(1)
             pooled = attention(q, k, v, plan, backend=self.backend).flatten(1)
         return self.attn.out_proj(pooled)
 

@@ -9,6 +9,7 @@ from vlp_fast.ops._backends import (
     default_backend,
 )
 from vlp_fast.ops._flops import register_cpu_attention_flops
+from vlp_fast.ops._products import fp32_products
 from vlp_fast.ops.attention import attention
 from vlp_fast.ops.attention_pool import attention_pool
 from vlp_fast.ops.contrastive import (
@@ -18,6 +19,7 @@ from vlp_fast.ops.contrastive import (
     sigmoid_contrastive_loss,
 )
 from vlp_fast.ops.decode_attention import decode_attention
+from vlp_fast.ops.linear import linear
 from vlp_fast.ops.linear_cross_entropy import linear_cross_entropy
 from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
 
@@ -35,7 +37,9 @@ __all__ = [
     "decode_attention",
     "default_backend",
     "distilled_contrastive_loss",
+    "fp32_products",
     "hard_negatives",
+    "linear",
     "linear_cross_entropy",
     "multiway_layer_norm",
     "multiway_linear",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlp_fast.ops._products import mm
+
 __all__ = ["layer_norm", "layer_norm_backward", "linear", "linear_backward", "statistics_dtype"]
 
 _gelu, _gelu_, _gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backward.grad_input
@@ -23,23 +25,16 @@ def linear(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """out, and the values before the activation (empty unless `save_pre`)."""
-    rows, width = x.shape[0], weight.shape[1]
-    product = x.new_empty(rows, width)
-    # a product can start from residual + bias only where nothing comes between and no rounding to a narrower dtype
+    rows, width, runs = x.shape[0], weight.shape[1], _runs(offsets)
+    # a product can start from the residual only where nothing comes between and no rounding to a narrower dtype
     onto_residual = residual is not None and not activation and residual.dtype == x.dtype
-    for e, a, b in _runs(offsets):
-        into, transposed = product[a:b], weight[e].t()
-        if onto_residual:
-            assert residual is not None
-            if bias is None:
-                into.copy_(residual[a:b])
-            else:
-                torch.add(residual[a:b], bias[e], out=into)
-            into.addmm_(x[a:b], transposed)
-        elif bias is None:
-            torch.mm(x[a:b], transposed, out=into)
-        else:
-            torch.addmm(bias[e], x[a:b], transposed, out=into)
+    product = x.new_empty(rows, width) if len(runs) != 1 else None
+    for e, a, b in runs:
+        onto = residual[a:b] if residual is not None and onto_residual else None
+        into = None if product is None else product[a:b]
+        result = mm(x[a:b], weight[e].t(), None if bias is None else bias[e], residual=onto, out=into)
+        product = result if product is None else product
+    assert product is not None
     pre, out = product.new_empty(0), product
     if activation and save_pre:
         # PyTorch computes the GELU of 16-bit values in fp32
@@ -75,9 +70,9 @@ def linear_backward(
     for e, a, b in _runs(offsets):
         d = dpre[a:b]
         if needs_dx:
-            torch.mm(d, weight[e], out=dx[a:b])
+            mm(d, weight[e], out=dx[a:b])
         if needs_dweight:
-            torch.mm(d.t(), x[a:b], out=dweight[e])
+            mm(d.t(), x[a:b], out=dweight[e])
         if needs_dbias:
             torch.sum(d, 0, out=dbias[e])
     return dx, dweight, dbias

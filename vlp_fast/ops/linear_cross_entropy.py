@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vlp_fast.ops._autocast import autocast_to_compute
 from vlp_fast.ops._backends import choose_own_backend
+from vlp_fast.ops._products import mm
 
 __all__ = ["linear_cross_entropy"]
 
@@ -171,7 +172,6 @@ class _Chunks:
         self.rows = _chunk_rows(hidden, weight.shape[0])
         # fp32 (fp64) where torch works on the logits, their own dtype where a kernel does
         self.dtype = _statistics(hidden.dtype) if backend == "torch" else hidden.dtype
-        self.buffer = hidden.new_empty(min(self.rows, hidden.shape[0]), weight.shape[0])
 
     def run(
         self, scale: Tensor | None, label_smoothing: float, lse: Tensor | None, needs: tuple[bool, bool, bool]
@@ -187,27 +187,23 @@ class _Chunks:
         dbias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=statistics)
         for first in chunks:
             part = slice(first, min(first + self.rows, n))
-            logits = self.buffer[: part.stop - first]
-            if bias is None:
-                torch.mm(hidden[part], weight.T, out=logits)
-            else:
-                torch.addmm(bias, hidden[part], weight.T, out=logits)
+            logits = mm(hidden[part], weight.T, bias)
             work = logits.to(self.dtype)
             given = None if lse is None else lse[part]
             losses[part], all_lse[part] = self._row_step(
                 work, self.targets[part], None if scale is None else scale[part], label_smoothing, given
             )
-            if not any(needs):
-                continue
             if needs[2]:
                 dbias += work.sum(0, dtype=statistics)
-            dlogits = work if work is logits else logits.copy_(work)
+            if work is not logits and any(needs):
+                logits.copy_(work)  # now their gradient
             if needs[0]:
-                torch.mm(dlogits, weight, out=dhidden[part])
+                mm(logits, weight, out=dhidden[part])
             if needs[1] and direct:
-                dweight.addmm_(dlogits.T, hidden[part])
+                mm(logits.T, hidden[part], residual=dweight, out=dweight)
             elif needs[1]:
-                dweight += torch.mm(dlogits.T, hidden[part])
+                dweight += mm(logits.T, hidden[part])
+            del logits, work  # before the next chunk takes its memory
         return losses, all_lse, [dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)]
 
     def _row_step(self, *arguments) -> tuple[Tensor, Tensor]:

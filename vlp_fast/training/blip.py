@@ -15,6 +15,7 @@ from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.distributed import gather_features
 from vlp_fast.models.blip import Blip, BlipConfig, BlipImageEncoder, BlipTextTower, project
+from vlp_fast.modules import Linear
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import TextPass, loss_scope
 from vlp_fast.segments import Segments
@@ -39,8 +40,8 @@ class BlipMomentum(nn.Module):
         self.momentum = config.momentum
         self.image_encoder = BlipImageEncoder(config)
         self.text_tower = BlipTextTower(config, num_experts=1, cross_attention=False)
-        self.image_projection = nn.Linear(config.vision_dim, config.embed_dim)
-        self.text_projection = nn.Linear(config.dim, config.embed_dim)
+        self.image_projection = Linear(config.vision_dim, config.embed_dim)
+        self.text_projection = Linear(config.dim, config.embed_dim)
         self.requires_grad_(False)
         for name in ("image_queue", "text_queue"):
             queue = nn.functional.normalize(torch.randn(config.queue_size, config.embed_dim), dim=1)
@@ -126,8 +127,12 @@ class BlipPretraining(PretrainingObjective):
                 self.momentum.update(model)
                 image_keys, text_keys = self._keys(batch)
             own, scale = slice(0, len(captions)), 1.0 / model.temperature
-            i2t = losses.distilled_contrastive_loss(image.features, image_keys[own], text_keys, scale, alpha)
-            t2i = losses.distilled_contrastive_loss(text_features, text_keys[own], image_keys, scale, alpha)
+            i2t = losses.distilled_contrastive_loss(
+                image.features, image_keys[own], text_keys, scale, alpha, backend=self.backend
+            )
+            t2i = losses.distilled_contrastive_loss(
+                text_features, text_keys[own], image_keys, scale, alpha, backend=self.backend
+            )
             itc = (i2t + t2i) / 2
             self.momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
 
@@ -135,8 +140,8 @@ class BlipPretraining(PretrainingObjective):
             size = len(captions)
             if negatives is None:
                 negatives = (
-                    losses.hard_negatives(text_features, image_keys[own], scale),
-                    losses.hard_negatives(image.features, text_keys[own], scale),
+                    losses.hard_negatives(text_features, image_keys[own], scale, backend=self.backend),
+                    losses.hard_negatives(image.features, text_keys[own], scale, backend=self.backend),
                 )
             image_index, text_index = negatives
             rows, other_captions = captions.take(text_index.tolist())  # lengths change here: the step's one host sync

@@ -47,7 +47,8 @@ class CocaPretraining(PretrainingObjective):
         with loss_scope("contrastive"):
             image = model.encode_image(batch.images)
             text = model.encode_text(batch.token_ids, captions)
-            contrastive = losses.contrastive_loss(image.features, text.features, model.logit_scale.exp())
+            scale = model.logit_scale.exp()
+            contrastive = losses.contrastive_loss(image.features, text.features, scale, backend=self.backend)
         with loss_scope("caption"):
             hidden, rows = model.word_hidden(text, image)
             words = model.text_decoder.words.weight

@@ -1,0 +1,68 @@
+"""ops.linear is torch.nn.functional.linear, whichever library it goes through; the module has nn.Linear's parameters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlp_fast.modules import Linear
+from vlp_fast.ops import _products, linear
+from vlp_fast.testing import assert_matches_reference
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "PyTorch's own"])
+def library(request, monkeypatch):
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch is built without oneDNN")
+    monkeypatch.setattr(_products, "LEAST", 0)
+    monkeypatch.setattr(_products, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(9,), (6, 9), (2, 3, 9), (0, 9)], ids=str)
+def test_linear_matches_pytorch(shape, has_bias, library):
+    inputs = [torch.randn(shape), torch.randn(7, 9), *([torch.randn(7)] if has_bias else [])]
+    assert_matches_reference(linear, F.linear, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_linear_of_other_dtypes_is_pytorchs(dtype, library):
+    x, weight = torch.randn(4, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_linear_under_autocast_is_pytorchs(library):
+    x, weight, bias = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dims", [((4, 8), (5, 7), None), ((4, 8), (5, 8), (4,)), ((4, 8), (8,), None)], ids=str)
+def test_linear_refuses_what_pytorch_refuses(dims, library):
+    x, weight, bias = (None if d is None else torch.zeros(d) for d in dims)
+    try:
+        expected = F.linear(x, weight, bias)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            linear(x, weight, bias)
+    else:
+        torch.testing.assert_close(linear(x, weight, bias), expected)
+
+
+def test_linear_module_is_nn_linear(library):
+    ours, theirs = Linear(6, 4), nn.Linear(6, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert isinstance(ours, nn.Linear)
+
+
+def test_linear_compiles_whole_and_is_counted(library):
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    compiled = torch.compile(lambda x, w: linear(x, w).sin(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight).sin())
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 8 * 5

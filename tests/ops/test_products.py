@@ -1,0 +1,107 @@
+"""The torch backend's matrix products through oneDNN, whether or not this machine would choose it, in every layout."""
+
+import itertools
+
+import pytest
+import torch
+
+from vlp_fast.ops import _products
+from vlp_fast.ops._products import fp32_products, mm, onednn_is_faster
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["oneDNN", "PyTorch's own"])
+def library(request, monkeypatch):
+    """Products of any size through one library."""
+    monkeypatch.setattr(_products, "LEAST", 0)
+    monkeypatch.setattr(_products, "onednn_is_faster", lambda: request.param)
+
+
+def layouts(rows, columns):
+    """The same shape lying in memory in every way that callers have."""
+    return {
+        "rows": torch.randn(rows, columns),
+        "columns": torch.randn(columns, rows).t(),
+        "slice of columns": torch.randn(rows, 2 * columns)[:, columns:],
+        "slice of rows": torch.randn(rows + 5, columns)[3:-2],
+        "every second": torch.randn(rows, 2 * columns)[:, ::2],
+        "one row": torch.randn(1, columns).expand(rows, columns),
+        "one column": torch.randn(rows, 1).expand(rows, columns),
+        "one number": torch.randn(1, 1).expand(rows, columns),
+    }
+
+
+@pytest.mark.parametrize("shape", [(130, 70, 50), (200, 30, 4), (1, 9, 7), (5, 1, 3), (64, 64, 1)], ids=str)
+def test_mm_of_every_layout(shape, library):
+    m, k, n = shape
+    for (a_name, a), (b_name, b) in itertools.product(layouts(m, k).items(), layouts(k, n).items()):
+        exact = a.double() @ b.double()
+        torch.testing.assert_close(mm(a, b).double(), exact, rtol=1e-5, atol=1e-4, msg=f"{a_name} by {b_name}")
+
+
+@pytest.mark.parametrize(
+    "bias", [None, torch.randn(50), torch.randn(100)[::2], torch.randn(1).expand(50)], ids=lambda b: str(b is not None)
+)
+@pytest.mark.parametrize("a_layout", ["rows", "columns"])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_mm_adds_bias_and_residual_into_out(has_residual, a_layout, bias, library):
+    a, b = layouts(60, 40)[a_layout], torch.randn(40, 50)
+    residual = torch.randn(60, 50) if has_residual else None
+    exact = a.double() @ b.double()
+    exact = exact if bias is None else exact + bias.double()
+    exact = exact if residual is None else exact + residual.double()
+    torch.testing.assert_close(mm(a, b, bias, residual=residual).double(), exact, rtol=1e-5, atol=1e-4)
+    whole = torch.full((80, 100), torch.nan)
+    out = whole[10:70, 20:70]
+    assert mm(a, b, bias, residual=residual, out=out) is out
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)
+    assert whole.isnan().sum() == whole.numel() - out.numel()
+
+
+def test_mm_onto_its_own_residual(library):
+    a, b, total = torch.randn(60, 40), torch.randn(40, 50), torch.randn(60, 50)
+    exact = total.double() + a.double() @ b.double()
+    mm(a, b, residual=total, out=total)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_mm_of_other_dtypes_is_pytorchs(dtype, library):
+    a, b = torch.randn(8, 6).to(dtype), torch.randn(6, 4).to(dtype)
+    assert torch.equal(mm(a, b), a @ b)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 0, 4), (4, 5, 0)], ids=str)
+def test_mm_of_nothing(shape):
+    m, k, n = shape
+    assert torch.equal(mm(torch.zeros(m, k), torch.zeros(k, n)), torch.zeros(m, n))
+
+
+def test_mm_uses_onednn_where_it_is_chosen_and_large(monkeypatch):
+    called = []
+    monkeypatch.setattr(_products, "_onednn", lambda a, b, bias: called.append(a.shape) or a @ b)
+    monkeypatch.setattr(_products, "onednn_is_faster", lambda: True)
+    large, small = (128, 128, 128), (4, 4, 4)
+    for m, k, n in (large, small):
+        mm(torch.zeros(m, k), torch.zeros(k, n))
+    assert called == [(128, 128)]
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        mm(torch.zeros(128, 128), torch.zeros(128, 128))
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize(
+    ("intel", "instructions", "chosen"), [(False, "AVX512", True), (True, "AVX512", False), (False, "AVX2", False)]
+)
+def test_onednn_is_chosen_for_avx512_of_other_makers(intel, instructions, chosen, monkeypatch):
+    monkeypatch.setattr(_products, "_made_by_intel", lambda: intel)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    for library in ("mkl", "mkldnn"):
+        monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: True)
+    onednn_is_faster.cache_clear()
+    try:
+        assert onednn_is_faster() is chosen
+        assert (fp32_products()[0] == "oneDNN") is chosen
+    finally:
+        onednn_is_faster.cache_clear()
