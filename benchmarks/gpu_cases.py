@@ -1,4 +1,5 @@
-"""The correctness cases of gpu_check.py: each kernel at the shapes of BLIP, CoCa and BEiT-3, beside its specification in plain torch.
+"""The correctness cases of gpu_check.py, but those of losses: each kernel at the shapes of BLIP, CoCa and BEiT-3, beside its
+specification in plain torch.
 
 A case builds a `Problem`: tensors, the call of our kernel, and the same in plain torch, which runs at the dtype of the tensors and in
 float64. The numbers of a case are those of a model, with fewer samples; at `tiny`, for the interpreter, few of everything.
@@ -75,11 +76,10 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every case, family after family; large ones last in each."""
+    """Every case but those of losses, family after family; large ones last in each."""
     yield from _attention_cases()
     yield from _pool_cases()
     yield from _multiway_cases()
-    yield from _loss_cases()
     yield from _decode_cases()
 
 
@@ -352,51 +352,6 @@ def _multiway_cases() -> Iterator[Case]:
         yield Case("multiway", name, build)
     yield Case("multiway", "linear, 2^31 elements, last rows", _far_linear, ("bf16",), 30)
     yield Case("multiway", "LayerNorm, 2^31 elements, last rows", _far_norm, ("bf16",), 30)
-
-
-# ----------------------------------------------------------------------------------------------------------------------- losses
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A vocabulary loss; a seventh of the targets is ignored."""
-
-    rows: int
-    vocab_size: int
-    dim: int
-    label_smoothing: float = 0.0
-    reduction: str = "mean"
-    bias: bool = True
-
-    def __call__(self, make: Maker) -> Problem:
-        rows, vocab_size, dim = (11, 37, 16) if make.tiny else (self.rows, self.vocab_size, self.dim)
-        targets = make.randint(vocab_size, rows)
-        targets[::7] = -100
-        inputs = [make.randn(rows, dim), make.randn(vocab_size, dim, scale=2 * dim**-0.5)]
-        inputs += [make.randn(vocab_size)] if self.bias else []
-        options = {"label_smoothing": self.label_smoothing, "reduction": self.reduction}
-
-        def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            logits = torch.nn.functional.linear(hidden, weight, bias)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            return torch.nn.functional.cross_entropy(wide, targets, **options)
-
-        def ours(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return ops.linear_cross_entropy(hidden, weight, targets, bias, backend="triton", **options)
-
-        names = ("loss", "dhidden", "dweight", *(("dbias",) if self.bias else ()))
-        return Problem(inputs, ours, plain, names)
-
-
-def _loss_cases() -> Iterator[Case]:
-    table = {
-        "BLIP lm, smoothing 0.1": Loss(3328, 30524, 768, 0.1),
-        "CoCa captions, sum, no bias": Loss(2600, 49408, 768, reduction="sum", bias=False),
-        "BEiT-3 mlm, per row": Loss(2049, 64010, 768, reduction="none"),
-        "odd vocabulary, large width": Loss(301, 1001, 1024, 0.2),
-    }
-    for name, build in table.items():
-        yield Case("linear_cross_entropy", name, build, gigabytes=16)
 
 
 # ------------------------------------------------------------------------------------------------------------------- decoding

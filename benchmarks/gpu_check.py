@@ -1,12 +1,15 @@
-"""Every kernel against float64 at the shapes of BLIP, CoCa and BEiT-3, on the GPU at hand; one command, no network.
+"""Every kernel against float64 and against the clock, at the shapes of BLIP, CoCa and BEiT-3; one command, no network.
 
-    python benchmarks/gpu_check.py [--only attention,multiway] [--seconds 420] [--out benchmarks/results]
+    python benchmarks/gpu_check.py [--only attention,multiway] [--seconds 450] [--out benchmarks/results] [--check-only]
+    python benchmarks/gpu_check.py --tune --only attention    candidate launch numbers beside the committed ones; changes no file
     TRITON_INTERPRET=1 python benchmarks/gpu_check.py --tiny --device cpu --out somewhere    the same code at tiny sizes, without a GPU
 
-A case (gpu_cases.py) passes where every output and gradient is as accurate as plain torch at the same dtype (the rule of
-`vlp_fast.testing`), inputs lie between NaN and what the allocator returns is NaN, and repeated calls give the same bits. It writes one
-JSON report, which `vlp-fast evidence` reads: device, versions, commit, each family's source hash, each case's result. Exit 1 where a
-case failed. It times nothing.
+A case (gpu_cases.py, gpu_cases_losses.py) passes where every output and gradient is as accurate as plain torch at the same dtype (the
+rule of `vlp_fast.testing`), inputs lie between NaN and what the allocator returns is NaN, and repeated calls give the same bits. Then
+families without a failed case are timed beside every rival that is there (gpu_timing.py, gpu_timing_cases.py): no speed claim on a red
+gate. It writes one JSON report, which `vlp-fast evidence` reads: device, versions, commit, each family's source hash, each case's
+result; "timings" of ours and rivals, "bounds" of what is no rival, "not_timed" with reasons, "ceilings" measured for the floors. Exit
+1 where a case failed, or a kernel of ours failed or was wrong while it was timed.
 """
 
 from __future__ import annotations
@@ -16,12 +19,20 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_cases import DTYPES, Case, Maker, Problem, cases
+from gpu_cases_losses import loss_cases
+from gpu_providers import TimedCase
+from gpu_timing import DeviceLost, Timings, measure_ceilings, time_case
+from gpu_timing_cases import timed_cases
+from gpu_timing_cases_losses import timed_loss_cases
+from gpu_tuning import tune_case
 from rich.table import Table
 from torch import Tensor
 
@@ -32,6 +43,8 @@ from vlp_fast.ops import backend_status
 from vlp_fast.testing import assert_as_accurate_as, outputs_and_gradients
 
 REPEATS = 50
+SECONDS = 450.0
+CHECK_SHARE = 0.6  # of the time, at most, for correctness where something is timed too
 
 
 def check(problem: Problem, repeats: int) -> None:
@@ -111,57 +124,189 @@ def families_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Check every kernel against float64 on the GPU at hand.")
+def check_all(chosen: Sequence[Case], arguments: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    """The results of all cases; those not begun by the deadline (of `time.monotonic`) are "not run"."""
+    rows = []
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for case in chosen:
+            for dtype in case.tiny_dtypes if arguments.tiny else case.dtypes:
+                if time.monotonic() > deadline:
+                    row = {"family": case.family, "case": case.name, "dtype": dtype}
+                    row |= {"status": "not run", "reason": "out of time"}
+                else:
+                    row = run(case, dtype, arguments)
+                rows.append(row)
+                what = f"{row['status']:8} {row['family']:22} {row['dtype']:5} {row['case']}"
+                print(f"{what} {row.get('reason', '')}".rstrip(), flush=True)
+    finally:  # both would slow what is timed
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return rows
+
+
+@dataclass
+class Clocked:
+    """Times or tunes the cases of families without a failed case, and keeps the report's rows of it."""
+
+    families: dict[str, dict[str, Any]]
+    arguments: argparse.Namespace
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self.timings, self.tuning, self.ceilings = Timings(), [], {}
+
+    def report(self) -> dict[str, Any]:
+        timings = {"timings": self.timings.timed, "bounds": self.timings.bounds, "not_timed": self.timings.not_timed}
+        return {"ceilings": self.ceilings, **timings, **({"tuning": self.tuning} if self.arguments.tune else {})}
+
+    def run(self, chosen: Sequence[TimedCase], save: Callable[[], None]) -> None:
+        """All cases, the first of every family first; `save` is called after each."""
+        gc.collect()
+        gc.freeze()  # or every release of memory looks through all of torch
+        lost = None
+        for changes in (1, 2) if self.arguments.tune else (0,):
+            for case, dtype in _in_rounds(chosen, self.arguments.tiny):
+                where = {"family": case.family, "case": case.name, "dtype": dtype}
+                failed = self.families.get(case.family, {}).get("failed", 0)
+                gate = f"no speed claim on a red gate: {failed} correctness cases failed" if failed else None
+                reason = gate or lost or ("out of time" if time.monotonic() > self.deadline else None)
+                if reason is None:
+                    lost = self._one(case, dtype, where, changes)
+                elif changes < 2:
+                    self.timings.leave_out_case(where, reason)
+                save()
+        gc.unfreeze()
+
+    def _one(self, case: TimedCase, dtype: str, where: dict[str, str], changes: int) -> str | None:
+        """Times or tunes a case and prints what came of it; why nothing more can be timed, or None."""
+        device, tiny = self.arguments.device, self.arguments.tiny
+        try:
+            self.ceilings = self.ceilings or measure_ceilings(device)
+            if changes:
+                self.tuning += tune_case(case, dtype, device, tiny, changes, self.deadline, self.timings)
+            else:
+                time_case(case, dtype, device, tiny, self.ceilings, self.deadline, self.timings)
+        except DeviceLost as error:
+            self.timings.leave_out_case(where, str(error))
+            return str(error)
+        except Exception as error:  # whatever it is, the other cases are still worth their time
+            self.timings.leave_out(where, "triton", "failed", f"{type(error).__name__}: {error}"[:300], ours=True)
+        for line in _lines(_of(self.timings.timed, where)) + _tuned_lines(_of(self.tuning, where)):
+            print(line, flush=True)
+        return None
+
+
+def _of(rows: Sequence[dict[str, Any]], where: dict[str, str]) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in where.items())]
+
+
+def _in_rounds(chosen: Sequence[TimedCase], tiny: bool) -> Iterator[tuple[TimedCase, str]]:
+    """The first case of every family, then the second: where time runs out, no family is left without one."""
+    families: dict[str, list[tuple[TimedCase, str]]] = {}
+    for case in chosen:
+        families.setdefault(case.family, []).extend((case, dtype) for dtype in (("fp32",) if tiny else case.dtypes))
+    for turn in zip_longest(*families.values()):
+        yield from (pair for pair in turn if pair is not None)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each direction our time, its share of the floor, and the fastest rival."""
+    lines = []
+    for row in rows:
+        if row["ours"]:
+            rivals = [r for r in rows if not r["ours"] and r["direction"] == row["direction"]]
+            best = min(rivals, key=lambda r: r["us_median"], default=None)
+            beside = f"x{best['us_median'] / row['us_median']:.2f} against {best['provider']}" if best else "no rival here"
+            lines.append(
+                f"timed    {row['family']:22} {row['dtype']:5} {row['case']}, {row['direction']}: {row['us_median']:.1f} us, "
+                f"floor {row['floor_us']:.1f} us ({row['share_of_floor']:.0%}), {beside}"
+            )
+    return lines
+
+
+def _tuned_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each launch of a case the best candidate beside the committed one."""
+    best: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(str(row[name]) for name in ("case", "dtype", "lookup", "kind"))
+        if row["status"] == "timed" and (key not in best or row["ratio"] > best[key]["ratio"]):
+            best[key] = row
+    return [
+        f"tuned    {row['family']:22} {row['dtype']:5} {row['case']}, {row['direction']}: {row['lookup']} {row['kind'] or ''} committed "
+        f"{row['committed']} {row['committed_us_median']:.1f} us; best other {row['candidate']} {row['us_median']:.1f} us, "
+        f"x{row['ratio']:.2f}"
+        for row in best.values()
+    ]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check every kernel against float64 on the GPU at hand, and time it.")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a few rows of everything, for the interpreter")
     parser.add_argument("--only", metavar="FAMILY,...", help="these families only")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"calls that must give the same bits (default: {REPEATS})")
-    parser.add_argument("--seconds", type=float, default=420.0, help="begin no case after so long (default: 420)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"begin no case after so long (default: {SECONDS:.0f})")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check-only", action="store_true", help="time nothing")
+    what.add_argument("--tune", action="store_true", help="time candidate launch numbers in place of rivals")
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and not arguments.tiny:
+        parser.error("--device cpu needs --tiny: in the interpreter the sizes of models take hours.")
     status = backend_status("triton", arguments.device)
     if not status.available or (arguments.device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"the kernels cannot run here: {status.reason if not status.available else 'torch finds no CUDA device'}.")
-    chosen = list(cases())
-    if arguments.only:
-        unknown = set(arguments.only.split(",")) - {case.family for case in chosen}
-        if unknown:
-            parser.error(f"--only must name families of {sorted({c.family for c in chosen})}; received {sorted(unknown)}.")
-        chosen = [case for case in chosen if case.family in arguments.only.split(",")]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    deadline, rows = time.monotonic() + arguments.seconds, []
-    for case in chosen:
-        for dtype in case.tiny_dtypes if arguments.tiny else case.dtypes:
-            if time.monotonic() > deadline:
-                row = {"family": case.family, "case": case.name, "dtype": dtype, "status": "not run", "reason": "out of time"}
-            else:
-                row = run(case, dtype, arguments)
-            rows.append(row)
-            print(f"{row['status']:8} {row['family']:22} {row['dtype']:5} {row['case']} {row.get('reason', '')}", flush=True)
-    about = stamp(arguments.device)
-    families = families_of(rows)
-    report = {
-        "schema": SCHEMA,
-        "kind": "gpu_check",
-        "tiny": arguments.tiny,
-        "stamp": about,
-        "families": families,
-        "cases": rows,
-    }
+    known = {case.family for case in chain(cases(), loss_cases())}
+    arguments.only = set(arguments.only.split(",")) if arguments.only else known
+    if arguments.only - known:
+        parser.error(f"--only must name families of {sorted(known)}; received {sorted(arguments.only - known)}.")
+    return arguments
+
+
+def main() -> int:
+    arguments = _options()
+    begin = time.monotonic()
+    share = 1.0 if arguments.check_only else CHECK_SHARE
+    chosen = [case for case in chain(cases(), loss_cases()) if case.family in arguments.only]
+    rows = check_all(chosen, arguments, begin + share * arguments.seconds)
+    families, about = families_of(rows), stamp(arguments.device)
+    clocked = Clocked(families, arguments, begin + arguments.seconds)
+    # a run that tunes has no timings of rivals, and says nothing that evidence should read
+    kind = "gpu_tune" if arguments.tune else "gpu_check"
+    report = {"schema": SCHEMA, "kind": kind, "tiny": arguments.tiny, "stamp": about, "families": families, "cases": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() else "-" for c in f"{about['device_name']} {about['date']}").lower()
-    path = arguments.out / f"gpu-check-{name}.json"
-    path.write_text(json.dumps({**report, "timings": []}, indent=1) + "\n", encoding="utf-8")
+    name = "".join(c if c.isalnum() else "-" for c in f"{kind} {about['device_name']} {about['date']}").lower()
+    path = arguments.out / f"{name}.json"
+
+    def save() -> None:
+        path.write_text(json.dumps({**report, **clocked.report()}, indent=1) + "\n", encoding="utf-8")
+
+    save()
+    if not arguments.check_only:
+        timed = [case for case in chain(timed_cases(), timed_loss_cases()) if case.family in arguments.only]
+        clocked.run(timed, save)
+    _print(about, families, clocked.timings)
+    print(f"written to {path}")
+    ours = [row for row in clocked.timings.not_timed if row["ours"] and row["status"] in ("wrong", "failed")]
+    return 1 if ours or any(row["status"] == "failed" for row in rows) else 0
+
+
+def _print(about: dict[str, Any], families: dict[str, dict[str, Any]], timings: Timings) -> None:
     table = Table(title=f"{about['device_name']}, torch {about['torch']}", title_justify="left")
-    for column in ("kernels", "result", "passed", "failed", "not run"):
+    for column in ("kernels", "result", "passed", "failed", "not run", "cases timed"):
         table.add_column(column)
     for family, found in families.items():
-        table.add_row(family, found["status"], *(str(found[key]) for key in ("passed", "failed", "not_run")))
+        count = len({(row["case"], row["dtype"]) for row in timings.timed if row["family"] == family and row["ours"]})
+        table.add_row(family, found["status"], *(str(found[key]) for key in ("passed", "failed", "not_run")), str(count))
     output_console().print(table)
-    print(f"written to {path}")
-    return 1 if any(row["status"] == "failed" for row in rows) else 0
+    for row in timings.not_timed:
+        if row["ours"] or row["provider"] == "all":
+            print(f"not timed: {row['family']}, {row['case']}, {row['dtype']}: {row['status']}, {row['reason']}")
+    rivals = [row for row in timings.not_timed if not row["ours"] and row["provider"] != "all"]
+    for provider, status, reason in dict.fromkeys((row["provider"], row["status"], row["reason"]) for row in rivals):
+        print(f"rival {status}: {provider}: {reason}")
 
 
 if __name__ == "__main__":
