@@ -37,7 +37,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ._compile_cases import CompileCase, compile_cases
+from ._compile_case import CompileCase
+from ._compile_cases import compile_cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

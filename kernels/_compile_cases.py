@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import triton
-
+from ._compile_case import NVIDIA, CompileCase
+from ._compile_cases_losses import contrastive_cases, linear_cross_entropy_cases
 from ._configs import (
-    COMBINE_BLOCK,
-    CROSS_ENTROPY_CONFIGS,
     DECODE_CONFIGS,
-    DISTILLED_CONFIGS,
-    DRAW_COLUMNS,
     ELEMENTWISE,
     GELU_BLOCK,
     MULTIWAY_LINEAR_ROWS,
@@ -22,19 +17,14 @@ from ._configs import (
     POOL_CONFIGS,
     POOL_QUERIES,
     POOL_SM80,
-    SIMILARITY_CONFIGS,
     SMALL_ROWS,
     attention_configs,
 )
-from ._similarity import _combine_lse_kernel, _similarity_lse_kernel
 from .attention_backward import _attention_backward_key_kernel, _attention_backward_query_kernel
 from .attention_forward import _attention_forward_kernel
 from .attention_pool import _attention_pool_backward_kernel, _attention_pool_forward_kernel
 from .attention_small import _attention_small_backward_kernel, _attention_small_forward_kernel
-from .contrastive import _distilled_rows_kernel, _similarity_gradient_kernel
 from .decode_attention import _decode_attention_kernel, _decode_combine_kernel
-from .hard_negatives import _hard_negatives_kernel
-from .linear_cross_entropy import _cross_entropy_rows_kernel
 from .multiway_layer_norm import (
     _multiway_layer_norm_backward_kernel,
     _multiway_layer_norm_kernel,
@@ -42,42 +32,6 @@ from .multiway_layer_norm import (
 )
 from .multiway_linear import _gelu_backward_kernel, _multiway_linear_kernel, _multiway_linear_weight_kernel
 
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One compilation: a kernel with the types of its arguments, the values of its constants, and how it is launched.
-
-    Attributes:
-        family: the operation, such as "attention". kernel, dtype, shape, config, flags: what tells its cases apart, for people.
-        jit: the `triton.jit` function.
-        types: Triton's type of every argument that is not a constant. Pointers, and sizes marked ``"i32:16"``, are divisible by 16.
-        constexprs: values of the constants; None for an absent pointer, 1 for a size that is 1.
-        options: num_warps, num_stages, ... as at a launch.
-        matrix: whether it must use matrix instructions. wide: whether these must be Hopper's and Blackwell's own (64-row tiles).
-        targets: names of the targets it exists for; empty: all.
-    """
-
-    family: str
-    kernel: str
-    dtype: str
-    shape: str
-    config: str
-    flags: str
-    jit: triton.JITFunction = field(repr=False, compare=False)
-    types: dict[str, str] = field(repr=False, compare=False)
-    constexprs: dict[str, object] = field(repr=False, compare=False)
-    options: dict[str, object] = field(repr=False, compare=False)
-    matrix: bool = True
-    wide: bool = False
-    targets: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Unique among `compile_cases`."""
-        return " | ".join((self.family, self.kernel, self.dtype, self.shape, self.config, self.flags))
-
-
-NVIDIA = ("sm_80", "sm_90", "sm_100")
 SINCE_SM90 = ("sm_90", "sm_100", "gfx942")  # all that `before_sm90` does not mean
 
 
@@ -89,8 +43,8 @@ def compile_cases() -> Iterator[CompileCase]:
         _attention_pool_cases,
         _multiway_linear_cases,
         _multiway_norm_cases,
-        _linear_cross_entropy_cases,
-        _contrastive_cases,
+        linear_cross_entropy_cases,
+        contrastive_cases,
         _decode_attention_cases,
     ):
         yield from cases()
@@ -225,94 +179,6 @@ def _attention_pool_cases() -> Iterator[CompileCase]:
                 matrix=dtype == "bf16",
                 targets=targets,
             )
-
-
-# ------------------------------------------------------------------------------------------------------ linear_cross_entropy
-
-
-def _linear_cross_entropy_cases() -> Iterator[CompileCase]:
-    """Loss with gradient, and the gradient alone."""
-    for vocab_size, config in CROSS_ENTROPY_CONFIGS.items():
-        for dtype in ("bf16", "fp32"):
-            for flags in ("loss gradient", "gradient"):
-                yield CompileCase(
-                    "linear_cross_entropy",
-                    "rows",
-                    dtype,
-                    f"{min(vocab_size, 49408)} words",
-                    f"{config.block} w{config.num_warps} s3",
-                    flags,
-                    _cross_entropy_rows_kernel,
-                    {
-                        "logits": f"*{dtype}",
-                        "targets": "*i64",
-                        **dict.fromkeys(("scale", "given_lse", "loss", "lse"), "*fp32"),
-                        "vocab_size": "i32",
-                        "row_stride": "i32",
-                        "label_smoothing": "fp32",
-                    },
-                    {"BLOCK": config.block, **({"given_lse": None} if flags == "loss gradient" else {})},
-                    config.options,
-                    matrix=False,
-                )
-
-
-# -------------------------------------------------------------------------------------------- contrastive, hard_negatives
-
-
-def _contrastive_cases() -> Iterator[CompileCase]:
-    """Tiles of similarities with what is made of each, at whole steps and ragged; the kernels of rows; the draw."""
-    sizes = dict.fromkeys(
-        ("rows_a", "rows_b", "tiles_m", "tiles_n", "first", "parts", "count", "rows_q", "rows_k", "tiles"), "i32"
-    )
-    strides = dict.fromkeys(("dim", "a_row_stride", "b_row_stride", "query_row_stride", "key_row_stride"), "i32:16")
-    statistics = ("scale", "bias", "row_lse", "column_lse", "row_parts", "column_parts", "own", "sums", "values", "lse", "loss")
-    rows = ("similarities", "teacher", "parts", "uniform")
-    types = {
-        **sizes,
-        **strides,
-        **dict.fromkeys((*statistics, *rows), "*fp32"),
-        "index": "*i64",
-        "alpha": "fp32",
-        "floor": "fp32",
-    }
-    kernels = {
-        "lse": {
-            "rows and columns": (_similarity_lse_kernel, {"EXCLUDES_OWN": False}),
-            "rows without pairs": (_similarity_lse_kernel, {"EXCLUDES_OWN": True, "column_parts": None}),
-        },
-        "gradient": {
-            "softmax": (_similarity_gradient_kernel, {"bias": None}),
-            "sigmoid": (_similarity_gradient_kernel, {"row_lse": None, "column_lse": None}),
-        },
-    }
-    for (kind, itemsize), config in SIMILARITY_CONFIGS.items():
-        dtype = {2: "bf16", 4: "fp32"}[itemsize]
-        launch = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
-        tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group}
-        tensors = dict.fromkeys(("a", "b", "gradient", "queries", "keys"), f"*{dtype}")
-        for flags, (jit, constexprs) in kernels[kind].items():
-            for even in (True, False) if dtype == "bf16" else (True,):
-                yield CompileCase(
-                    "contrastive", kind, dtype, "whole steps" if even else "ragged", launch, flags, jit,
-                    {**types, **tensors}, {**tile, **constexprs, "EVEN_K": even, "INPUT_PRECISION": "ieee"}, config.options,
-                    matrix=dtype == "bf16", wide=dtype == "bf16",
-                )  # fmt: skip
-        if kind == "lse":
-            yield CompileCase(
-                "hard_negatives", "draw", dtype, "512 tiles", f"{config.block_n}x{DRAW_COLUMNS} w4", "plain", _hard_negatives_kernel,
-                {**types, **tensors}, {"BLOCK_T": 512, "BLOCK_N": config.block_n, "BLOCK_K": DRAW_COLUMNS}, ELEMENTWISE, matrix=False,
-            )  # fmt: skip
-    for keys, rows_config in DISTILLED_CONFIGS.items():
-        launch = f"{rows_config.block} w{rows_config.num_warps} s3"
-        yield CompileCase(
-            "contrastive", "distilled rows", "fp32", f"{min(keys, 57856)} keys", launch, "gradient", _distilled_rows_kernel, types,
-            {"HAS_GRADIENT": True, "BLOCK": rows_config.block}, rows_config.options, matrix=False,
-        )  # fmt: skip
-    yield CompileCase(
-        "contrastive", "combine", "fp32", "any", f"{COMBINE_BLOCK} w4", "plain", _combine_lse_kernel,
-        {**types, "parts": "i32"}, {"BLOCK": COMBINE_BLOCK}, ELEMENTWISE, matrix=False,
-    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- multiway

@@ -361,38 +361,21 @@ COMBINE_BLOCK = 256  # rows or columns whose parts one program adds up
 DRAW_COLUMNS = 32  # columns at a time of a row against one tile of keys
 
 
-@dataclass(frozen=True)
-class SimilarityConfig:
-    """A tile of block_m rows by block_n columns of similarities, in steps of block_k. `group`: as in `LinearConfig`."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group: int = 8
-
-    @property
-    def options(self) -> dict[str, object]:
-        """Keyword arguments of a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-
 # (kernel, bytes per element). The figures: registers per thread on sm_80 / sm_90 / sm_100 / gfx942 at the most a launch can ask, and
 # shared memory on sm_90 / gfx942, Triton 3.9.0.
 SIMILARITY_CONFIGS = {
     # 181 / 189 / 254 / 122, 96 / 64 KB.
-    ("lse", 2): SimilarityConfig(128, 128, 64, 8, 3),
+    ("lse", 2): LinearConfig(128, 128, 64, 8, 3),
     # 114 / 104 / 80 / 60, 8 / 8 KB.
-    ("lse", 4): SimilarityConfig(64, 64, 16, 8, 2),
+    ("lse", 4): LinearConfig(64, 64, 16, 8, 2),
     # 157 / 155 / 192 / 103, 72 / 48 KB. The sigmoid spills at 128x128, and at 64x128 with 4 warps.
-    ("gradient", 2): SimilarityConfig(128, 64, 64, 8, 3),
+    ("gradient", 2): LinearConfig(128, 64, 64, 8, 3),
     # 120 / 95 / 109 / 92, 16 / 8 KB.
-    ("gradient", 4): SimilarityConfig(64, 64, 16, 8, 2),
+    ("gradient", 4): LinearConfig(64, 64, 16, 8, 2),
 }
 
 
-def similarity_config(kind: Literal["lse", "gradient"], itemsize: int) -> SimilarityConfig:
+def similarity_config(kind: Literal["lse", "gradient"], itemsize: int) -> LinearConfig:
     """The launch numbers of tiles of similarities: their log-sum-exps, or the loss's gradient.
 
     Raises:

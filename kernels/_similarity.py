@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_common import LN_2, LOG2_E, input_precision, on_device_of
-from ._configs import COMBINE_BLOCK, ELEMENTWISE, SimilarityConfig, similarity_config
+from ._configs import COMBINE_BLOCK, ELEMENTWISE, LinearConfig, similarity_config
 from ._multiway_common import _grouped_order, readable_rows
 
 PART_BYTES = 64 * 2**20  # of parts in memory at once
@@ -131,7 +131,7 @@ def _combine_lse_kernel(
 # --------------------------------------------------------------------------------------------------------------- launchers
 
 
-def similarity_options(a: Tensor, config: SimilarityConfig) -> dict[str, object]:
+def similarity_options(a: Tensor, config: LinearConfig) -> dict[str, object]:
     """Constants and options of a launch over tiles of similarities."""
     return {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group,
@@ -181,7 +181,7 @@ def similarity_parts(a: Tensor, b: Tensor, scale: Tensor, first: int) -> tuple[T
 
 
 def _launch_lse(
-    a: Tensor, b: Tensor, scale: Tensor, own: Tensor, first: int, config: SimilarityConfig, has_columns: bool
+    a: Tensor, b: Tensor, scale: Tensor, own: Tensor, first: int, config: LinearConfig, has_columns: bool
 ) -> tuple[Tensor, Tensor | None]:
     (n, dim), m = a.shape, b.shape[0]
     tiles_m, tiles_n = triton.cdiv(n, config.block_m), triton.cdiv(m, config.block_n)

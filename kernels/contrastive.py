@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_common import LN_2, on_device_of
-from ._configs import SimilarityConfig, distilled_config, similarity_config
+from ._configs import LinearConfig, distilled_config, similarity_config
 from ._multiway_common import _grouped_order, readable_rows
 from ._similarity import _exp, _own_pairs, _similarity_tile, row_blocks, similarity_lse, similarity_options
 
@@ -227,7 +227,7 @@ def _gradients(
 
 def _launch_gradient(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, row_lse: Tensor | None, column_lse: Tensor | None,
-    gradient: Tensor | None, first: int, config: SimilarityConfig,
+    gradient: Tensor | None, first: int, config: LinearConfig,
 ) -> Tensor:  # fmt: skip
     """The three sums of all tiles."""
     (n, dim), m = a.shape, b.shape[0]

@@ -94,7 +94,7 @@ def test_hash_refuses_an_import_of_a_file_that_is_not_there(kernels):
 
 def test_every_kernel_file_belongs_to_a_family():
     belongs = {path.name for family in FAMILIES for path in kernel_files(family)}
-    tools = {"__init__.py", "_compile.py", "_compile_cases.py"}
+    tools = {"__init__.py", "_compile.py", "_compile_case.py", "_compile_cases.py", "_compile_cases_losses.py"}
     assert {path.name for path in kernels_folder().glob("*.py")} - tools <= belongs
 
 
