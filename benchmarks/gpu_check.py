@@ -127,6 +127,7 @@ def families_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def check_all(chosen: Sequence[Case], arguments: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
     """The results of all cases; those not begun by the deadline (of `time.monotonic`) are "not run"."""
     rows = []
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -140,9 +141,9 @@ def check_all(chosen: Sequence[Case], arguments: argparse.Namespace, deadline: f
                 rows.append(row)
                 what = f"{row['status']:8} {row['family']:22} {row['dtype']:5} {row['case']}"
                 print(f"{what} {row.get('reason', '')}".rstrip(), flush=True)
-    finally:  # both would slow what is timed
+    finally:  # deterministic algorithms would slow what is timed
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = filled
     return rows
 
 

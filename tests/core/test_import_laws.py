@@ -55,7 +55,7 @@ EXTERNAL = {
     "passes": {"torch", "numpy"},
     "decode_plan": {"torch", "numpy"},
     "modules": {"torch"},
-    "models": {"torch"},
+    "models": {"torch", "safetensors"},
     "ops": {"torch", "flash_attn", "xformers"},
 }
 

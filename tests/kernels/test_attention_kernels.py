@@ -247,8 +247,9 @@ def test_attention_kernels_large_scores_do_not_overflow():
         torch.testing.assert_close(actual.cpu().double(), wanted, atol=5e-2, rtol=5e-2)
 
 
-def test_attention_kernels_addresses_are_64_bit():
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GB of address space, of which a few pages are touched
+def test_attention_kernels_addresses_are_64_bit(monkeypatch):
+    # 4 GB of address space, of which a few pages are touched
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     rows, row_stride = 2**20, 2304
     buffer = torch.empty(rows * row_stride, dtype=torch.float16, device=DEVICE)
     k = buffer.as_strided((rows, 1, 16), (row_stride, 16, 1))

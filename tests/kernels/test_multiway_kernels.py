@@ -80,8 +80,9 @@ def test_multiway_linear_kernels_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_multiway_linear_kernels_addresses_are_64_bit():
-    torch.utils.deterministic.fill_uninitialized_memory = False  # address space, of which a few pages are touched
+def test_multiway_linear_kernels_addresses_are_64_bit(monkeypatch):
+    # address space, of which a few pages are touched
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     row_stride, few, rows = 2**22, 5, 2**10
     buffer = torch.empty(rows * row_stride, dtype=torch.float16, device=DEVICE)
     x = buffer.as_strided((rows, 16), (row_stride, 1))
