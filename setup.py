@@ -43,6 +43,7 @@ setup(
         "vlp_fast.data",
         "vlp_fast.kernels",
         "vlp_fast.models",
+        "vlp_fast.models.checkpoints",
         "vlp_fast.modules",
         "vlp_fast.ops",
         "vlp_fast.training",

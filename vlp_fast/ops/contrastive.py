@@ -319,12 +319,12 @@ _sigmoid.register_autograd(_sigmoid_grad, setup_context=_sigmoid_setup)
 
 @torch.library.custom_op("vlp_fast::hard_negatives_v2", mutates_args=())
 def _draw(queries: Tensor, keys: Tensor, scale: Tensor, uniform: Tensor, floor: float, first: int, backend: str) -> Tensor:
-    if backend == "torch":
-        body = _contrastive_torch.hard_negatives
-    else:
-        from vlp_fast.kernels.hard_negatives import hard_negatives as body
     with _no_autocast(queries):
-        return body(queries, keys, scale, uniform, floor, first)
+        if backend == "torch":
+            return _contrastive_torch.hard_negatives(queries, keys, scale, uniform, floor, first)
+        from vlp_fast.kernels.hard_negatives import hard_negatives as launch
+
+        return launch(queries, keys, scale, uniform, floor, first)
 
 
 @_draw.register_fake
