@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlp_fast import AttentionPlan, reference
@@ -45,6 +47,24 @@ def check(plan, backend, tensors=None, **options):
     for name, a, b, e in zip(("out", "lse"), (out, lse), plain, exact, strict=True):
         assert_as_accurate_as(a, b.to(a.dtype), e, what=name, scale=1.0)
     assert_as_accurate_as(decode_attention(*tensors, plan, backend=backend), plain[0], exact[0], scale=1.0)
+
+
+@st.composite
+def random_plans(draw):
+    """Any slots, apart or over each other, and any edges, a slot read twice by one segment among them."""
+    slots = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=4))
+    query = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    pairs = st.tuples(st.integers(0, len(query) - 1), st.integers(0, max(len(slots) - 1, 0)))
+    return query, slots, draw(st.lists(pairs, max_size=7 if slots else 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(graph=random_plans(), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_decode_attention_of_random_plans(backend, graph, seed):
+    query, slots, edges = graph
+    torch.manual_seed(seed)
+    check(DecodePlan.from_edges(query, [s for s, _ in slots], [n for _, n in slots], edges), backend)
 
 
 def test_reference_decode_attention_is_attention_on_the_same_graph():
