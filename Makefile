@@ -11,7 +11,9 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
-EXTRAS := data,demo,report,test
+EXTRAS := data,demo,report,test,test-peers
+# what tests/peers compares with and whose requirements pin versions years old: installed without them
+PEERS := coca-pytorch==0.1.0 fairscale==0.4.0 torchscale==0.3.0
 
 BIN := $(VENV)/bin
 # the oldest Triton that setup.py admits, in a folder of its own beside the newest
@@ -61,4 +63,5 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@rm -f $(VENV)/.installed-*
 	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]' --constraint $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --no-deps $(PEERS)
 	@touch $@

@@ -24,6 +24,8 @@ extras = {
         "ruff>=0.6",
         "setuptools>=77",
     ],
+    # published code that tests/peers compares with; the Makefile installs what pins other versions of these beside them
+    "test-peers": ["einops>=0.8", "open-clip-torch>=3.3,<4", "transformers>=5,<6"],
 }
 # flash-attn has no wheel and needs a CUDA compiler to build: `all` is everything that installs anywhere.
 extras["all"] = sorted({need for name, needs in extras.items() if name != "flash-attn" for need in needs})
@@ -31,7 +33,7 @@ extras["all"] = sorted({need for name, needs in extras.items() if name != "flash
 setup(
     name="vlp_fast",
     version=version["__version__"],
-    description="Triton kernels, torch modules and whole BLIP, CoCa and BEiT-3 models for fast vision-language pretraining",
+    description="Triton kernels, torch modules and whole BLIP, CoCa, BEiT-3, ALBEF and VLMo models for fast vision-language pretraining",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -41,6 +43,7 @@ setup(
         "vlp_fast",
         "vlp_fast.cli",
         "vlp_fast.data",
+        "vlp_fast.generation",
         "vlp_fast.kernels",
         "vlp_fast.models",
         "vlp_fast.models.checkpoints",

@@ -172,7 +172,7 @@ def layer(shape: Shape, device: str, dtype: torch.dtype) -> tuple[dict[str, Step
                 ours.load_state_dict(first.state_dict())
             first = first or ours
             steps[f"vlp_fast {backend}"] = step(
-                lambda t, m=ours: m(t, shape.plan, shape.offsets, None, 0), x, dout, list(ours.parameters())
+                lambda t, m=ours: m(t, shape.plan, {2: shape.offsets}, None, 0), x, dout, list(ours.parameters())
             )
     assert first is not None
     two, padded = (TwoLayer(dim).to(device, dtype) for dim in (0, 1))

@@ -39,7 +39,7 @@ PROFILE_SIZE, PROFILE_BATCH = "base", 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the three models on this machine.")
+    parser = argparse.ArgumentParser(description="Measure the models on this machine.")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder to write to (default: bench-out)")
     parser.add_argument("--dtype", default="fp32", help="fp32 or bf16 (default: fp32)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")

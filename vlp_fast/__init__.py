@@ -1,4 +1,4 @@
-"""Fast vision-language pretraining: packed rows, attention plans, Triton kernels, and BLIP, CoCa and BEiT-3 built from them."""
+"""Fast vision-language pretraining: packed rows, plans, Triton kernels, and BLIP, CoCa, BEiT-3, ALBEF and VLMo built from them."""
 
 from vlp_fast._version import __version__
 from vlp_fast.attention_plan import AttentionPlan

@@ -213,12 +213,19 @@ class Benchmark:
         self, model: str, size: str, tick: Callable[[str], None], until: float, share: float | None
     ) -> Iterator[Throughput]:
         s = self.settings
-        image_size = s.image_size or preset(model, size).image_size
+        try:
+            image_size = s.image_size or preset(model, size).image_size
+            absent = ""
+        except ValueError as error:  # ALBEF has no large model
+            image_size, absent = 0, _reason(error)
 
         def row(task: str, backend: str, **values: Any) -> Throughput:
             known: dict[str, Any] = {"model": model, "size": size, "batch": s.batch, "dtype": s.dtype, "image_size": image_size}
             return Throughput(task=task, backend=backend, **known, **values)
 
+        if absent:
+            yield from (row(task, backend, note=absent) for task in TASKS for backend in s.chosen)
+            return
         for backend in s.chosen:
             if backend not in s.runnable:
                 note = f"unavailable: {backend_status(backend, s.device).reason}"

@@ -18,6 +18,7 @@ from vlp_fast.ops import distilled_contrastive_loss, linear_cross_entropy
 __all__ = [
     "contrastive_loss",
     "distilled_contrastive_loss",
+    "distilled_cross_entropy",
     "hard_negatives",
     "linear_cross_entropy",
     "matching_loss",
@@ -125,4 +126,30 @@ def matching_loss(logits: Tensor, num_positive: int) -> Tensor:
     Source: ALBEF, equation 4; BLIP, section 3.2.
     """
     labels = (torch.arange(len(logits), device=logits.device) < num_positive).long()
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+
+
+def distilled_cross_entropy(logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    """The loss of predicting a word from each row, with soft targets from a teacher; the mean over rows, 0 where there is none.
+
+    Equivalent to: ``F.cross_entropy(logits, (1 - alpha) * one_hot(targets) + alpha * teacher_logits.softmax(1))`` in fp32.
+
+    Args:
+        logits, teacher_logits: ``[rows, vocab_size]``; the teacher's are constants. targets: int64 ``[rows]``. alpha: share of the
+            soft targets, in [0, 1]; 0 is the loss with hard targets.
+
+    Returns: a scalar, fp32 (fp64 for fp64).
+    Raises: ValueError for shapes that differ, or alpha outside [0, 1].
+    Memory: a few times the logits, so only the rows to be predicted should enter (of masked captions about a seventh).
+    Source: Li et al., ALBEF (2021), equation 7.
+    """
+    _check_pairs(logits, teacher_logits, "logits", "teacher_logits")
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(f"targets must be [{len(logits)}], one per row of logits; received shape {list(targets.shape)}.")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1]; received {alpha}.")
+    ours, teacher = (x if x.dtype == torch.float64 else x.float() for x in (logits, teacher_logits.detach()))
+    log_p = ours.log_softmax(1)
+    hard = -log_p.gather(1, targets[:, None])[:, 0]
+    soft = -(teacher.softmax(1) * log_p).sum(1)
+    return ((1.0 - alpha) * hard + alpha * soft).sum() / max(len(targets), 1)

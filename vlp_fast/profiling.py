@@ -260,7 +260,7 @@ def profile_model(
     generator = torch.Generator().manual_seed(seed)
     inputs = objective.prepare(synthetic_batch(config, caption_lengths(batch), generator), generator).to(device)
     options: dict[str, Any] = {}
-    if model == "blip" and kind == "meta":
+    if model in ("blip", "albef") and kind == "meta":
         if batch < 2:
             raise ValueError(f"hard negatives need at least 2 pairs in the batch; received {batch}.")
         following = torch.arange(batch).roll(-1)

@@ -81,7 +81,7 @@ def test_settings_say_why_there_is_no_cuda():
 def test_benchmark_measures_every_task_of_every_model(dtype):
     benchmark = Benchmark(Settings(dtype=dtype, **TINY))
     rows = list(benchmark.run())
-    assert [(row.model, row.task) for row in rows] == [(m, t) for m in ("blip", "coca", "beit3") for t in TASKS]
+    assert [(row.model, row.task) for row in rows] == [(m, t) for m in ("blip", "coca", "beit3", "albef") for t in TASKS]
     assert len(rows) == benchmark.num_rows
     for row in rows:
         assert row.measured, row.note
@@ -91,6 +91,13 @@ def test_benchmark_measures_every_task_of_every_model(dtype):
             assert row.images_per_second == pytest.approx(2 * 1e3 / row.ms_median)
         assert (row.tokens_per_second is None) == (row.task == "embed_image")
         assert (row.images_per_second is None) == (row.task == "embed_text")
+
+
+def test_a_size_that_a_model_does_not_have_is_said_in_its_rows():
+    benchmark = Benchmark(Settings(models=("albef",), **{**TINY, "sizes": ("large",)}))
+    rows = list(benchmark.run())
+    assert len(rows) == benchmark.num_rows == len(TASKS)
+    assert {row.note for row in rows} == {"unavailable: size must be one of tiny, base; received 'large'."}
 
 
 def test_backends_share_weights_and_leave_no_gradients(monkeypatch):

@@ -31,6 +31,7 @@ ROOMS = {
     "ops": FOUNDATION | {"kernels"},
     "modules": UP_TO_OPS,
     "models": UP_TO_MODULES,
+    "generation": UP_TO_MODULES | {"models"},
     "distributed": set(),
     "losses": UP_TO_OPS | {"distributed"},
     "data": {"segments"},
@@ -56,6 +57,7 @@ EXTERNAL = {
     "decode_plan": {"torch", "numpy"},
     "modules": {"torch"},
     "models": {"torch", "safetensors"},
+    "generation": {"torch", "numpy"},
     "ops": {"torch", "flash_attn", "xformers"},
 }
 

@@ -1,4 +1,4 @@
-"""The command ``vlp-fast``: info, bench, profile, evidence."""
+"""The command ``vlp-fast``: info, bench, profile, evidence, convert."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from vlp_fast._version import __version__
 from vlp_fast.cli.bench import bench
+from vlp_fast.cli.convert import convert
 from vlp_fast.cli.evidence import evidence
 from vlp_fast.cli.info import info
 from vlp_fast.cli.profile import profile
@@ -41,3 +42,4 @@ app.command()(info)
 app.command()(bench)
 app.command()(profile)
 app.command()(evidence)
+app.command()(convert)

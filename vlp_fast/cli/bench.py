@@ -39,7 +39,7 @@ def bench(
     ] = None,
     steps: Annotated[int, typer.Option(help="Calls to measure of each task.")] = 10,
     seconds: Annotated[float, typer.Option(help="Stop measuring a task after this long, but not before 3 calls.")] = 30.0,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images.  [default: 224; tiny: 64]")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images.  [default: 224, ALBEF 256; tiny: 64]")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.  [default: torch's choice]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batches and masks.")] = 0,

@@ -21,12 +21,13 @@ MODULE_COLORS = {
     "momentum_text_encoder": "#A5D3A9",
     "text_decoder": "#AA3377",
     "pair_encoder": "#CCBB44",
+    "momentum_pair_encoder": "#EBE4B4",
     "heads and loss": "#BBBBBB",
 }
-LIGHT = ("momentum_image_encoder", "momentum_text_encoder", "pair_encoder")
+LIGHT = ("momentum_image_encoder", "momentum_text_encoder", "momentum_pair_encoder", "pair_encoder")
 OTHER_COLOR = "#888888"
 HATCHES = ("", "//", "..", "xx")  # one per backend
-MODEL_NAMES = {"blip": "BLIP", "coca": "CoCa", "beit3": "BEiT-3"}
+MODEL_NAMES = {"blip": "BLIP", "coca": "CoCa", "beit3": "BEiT-3", "albef": "ALBEF"}
 
 Rows = Sequence[Mapping[str, Any]]
 

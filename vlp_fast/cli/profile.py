@@ -27,7 +27,7 @@ def profile(
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "base",
     schedule: Annotated[str, typer.Option(help=f"How passes are grouped: {', '.join(SCHEDULES)}.")] = "published",
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels; default: the preset's (224; tiny: 64).")
+        int | None, typer.Option(help="Side of the images in pixels; default: the preset's (224, ALBEF 256; tiny: 64).")
     ] = None,
     batch: Annotated[int, typer.Option(help="Image-text pairs.")] = 8,
     device: Annotated[str, typer.Option(help="meta (shapes and FLOPs, no memory), cpu or cuda.")] = "meta",

@@ -1,8 +1,11 @@
 """BEiT-3: one encoder for images, texts and pairs, every sub-layer with a vision and a language expert.
 
-Paper: Wang et al., Image as a Foreign Language: BEiT Pretraining for All Vision and Vision-Language Tasks (2022), figure 2. This is
-the released, decoupled form: attention projections, norms and feed-forward of a row belong to its modality, and modalities meet only
-in attention. Pre-norm with sub-LN (Magneto), LayerNorm eps 1e-5, exact GELU in fp32. Rows are all images, then all texts.
+Paper: Wang et al., Image as a Foreign Language: BEiT Pretraining for All Vision and Vision-Language Tasks (2022), figure 2. The
+default is the released, decoupled form: attention projections, norms and feed-forward of a row belong to its modality, and modalities
+meet only in attention. The form of the paper shares attention and has vision-language experts in the top layers (`Beit3Config`).
+Pre-norm with sub-LN (Magneto), LayerNorm eps 1e-5, exact GELU in fp32. Rows are all images, then all texts.
+
+Here is the encoder without any head, and with the two of pretraining; the heads of fine-tuning are in `vlp_fast.models.beit3_tasks`.
 
 Dimensions: samples, N = image tokens (class token first), dim, V words, C visual codes.
 """
@@ -10,7 +13,7 @@ Dimensions: samples, N = image tokens (class token first), dim, V words, C visua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ from vlp_fast.modules import (
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
-__all__ = ["BEIT3_PRESETS", "Beit3", "Beit3Config", "Beit3Encoder", "Beit3Output", "beit3_preset"]
+__all__ = ["BEIT3_PRESETS", "Beit3", "Beit3Config", "Beit3Encoder", "Beit3MaskedModel", "Beit3Output", "beit3_preset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Beit3Config:
     """Sizes of BEiT-3; the defaults are the base model at 224 pixels.
 
     visual_vocab_size: codes of the visual tokenizer whose ids masked patches predict. normalize_output: the encoder's last norm.
+    share_attention: one attention, with its norms, for rows of both modalities. vl_experts_from_layer: from this layer on, counted
+    from 0, rows of pairs have a feed-forward expert of their own, with its norms; None: nowhere.
     """
 
     image_size: int = 224
@@ -53,10 +58,17 @@ class Beit3Config:
     visual_vocab_size: int = 8192
     max_positions: int = 1022
     normalize_output: bool = True
+    share_attention: bool = False
+    vl_experts_from_layer: int | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "patch_size", "dim", "depth", "num_heads", "vocab_size", "visual_vocab_size")
+        first = self.vl_experts_from_layer
+        if first is not None and not 0 <= first < self.depth:
+            raise ValueError(
+                f"vl_experts_from_layer must name one of {self.depth} layers, from 0, or be None; received {first}."
+            )
 
 
 BEIT3_PRESETS = {
@@ -69,6 +81,11 @@ BEIT3_PRESETS = {
     "base": {},
     # beit3_large_patch16_224 of the released code
     "large": {"dim": 1024, "depth": 24, "num_heads": 16, "hidden_dim": 4096},
+    # the model of the paper, table 2, which was not released
+    "giant": {
+        "patch_size": 14, "dim": 1408, "depth": 40, "num_heads": 16, "hidden_dim": 6144, "share_attention": True,
+        "vl_experts_from_layer": 37,
+    },
 }  # fmt: skip
 
 
@@ -87,25 +104,35 @@ class Beit3Output(NamedTuple):
 
 
 class Beit3Layer(nn.Module):
-    """x + attention(norm(x)), x + FFN(norm(x)), each with sub-LN inside and the weights of the row's expert."""
+    """x + attention(norm(x)), x + FFN(norm(x)), each with sub-LN inside and the weights of the row's expert.
 
-    def __init__(self, config: Beit3Config, drop_path: float) -> None:
+    `expert_offsets` has the runs of rows for each number of experts: one for all rows, one of each modality, and where rows of pairs
+    have their own, vision, vision-language, language. Attention and feed-forward may differ in it.
+    """
+
+    def __init__(self, config: Beit3Config, drop_path: float, index: int = 0) -> None:
         super().__init__()
-        dim, eps = config.dim, config.eps
-        self.attention_norm = MultiwayLayerNorm(dim, eps=eps, backend=config.backend)
-        self.attention = MultiwayAttention(dim, config.num_heads, inner_eps=eps, backend=config.backend)
-        self.ffn_norm = MultiwayLayerNorm(dim, eps=eps, backend=config.backend)
-        self.ffn = MultiwayFFN(dim, config.hidden_dim, eps=eps, backend=config.backend)
+        dim, eps, first = config.dim, config.eps, config.vl_experts_from_layer
+        self.attention_experts = 1 if config.share_attention else 2
+        self.ffn_experts = 2 if first is None or index < first else 3
+        self.attention_norm = MultiwayLayerNorm(dim, self.attention_experts, eps=eps, backend=config.backend)
+        self.attention = MultiwayAttention(dim, config.num_heads, self.attention_experts, inner_eps=eps, backend=config.backend)
+        self.ffn_norm = MultiwayLayerNorm(dim, self.ffn_experts, eps=eps, backend=config.backend)
+        self.ffn = MultiwayFFN(dim, config.hidden_dim, self.ffn_experts, eps=eps, backend=config.backend)
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int], samples: Tensor | None, num_samples: int
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        expert_offsets: Mapping[int, Sequence[int]],
+        samples: Tensor | None,
+        num_samples: int,
     ) -> Tensor:
-        normal = self.attention_norm(x, expert_offsets)
-        x = self._plus(x, lambda residual: self.attention(normal, plan, expert_offsets, residual), samples, num_samples)
-        return self._plus(
-            x, lambda residual: self.ffn(self.ffn_norm(x, expert_offsets), expert_offsets, residual), samples, num_samples
-        )
+        attending, feeding = expert_offsets[self.attention_experts], expert_offsets[self.ffn_experts]
+        normal = self.attention_norm(x, attending)
+        x = self._plus(x, lambda residual: self.attention(normal, plan, attending, residual), samples, num_samples)
+        return self._plus(x, lambda residual: self.ffn(self.ffn_norm(x, feeding), feeding, residual), samples, num_samples)
 
     def _plus(self, x: Tensor, branch: Callable[[Tensor | None], Tensor], samples: Tensor | None, num_samples: int) -> Tensor:
         """x plus the branch. Where no path is dropped nothing comes between, and the last product of the branch adds x."""
@@ -118,27 +145,44 @@ class Beit3Encoder(nn.Module):
     """The layers, over samples of an image part and a text part of which either may be empty.
 
     Shape: image ``[image rows, dim]``, text ``[text rows, dim]``, with the lengths of both parts of every sample -> the same shapes.
+    causal_text: images read themselves only, and a text its image and, causally, itself; else all rows of a sample read all.
+    Raises: ValueError with vision-language experts, if samples are not ordered: images alone, pairs, texts alone.
     """
 
     def __init__(self, config: Beit3Config) -> None:
         super().__init__()
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.layers = nn.ModuleList(Beit3Layer(config, rate) for rate in rates)
+        self.layers = nn.ModuleList(Beit3Layer(config, rate, index) for index, rate in enumerate(rates))
         self.norm = MultiwayLayerNorm(config.dim, eps=config.eps, backend=config.backend) if config.normalize_output else None
 
-    def describe(self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]) -> PassInfo:
+    def describe(
+        self,
+        image: Tensor,
+        image_lengths: Sequence[int],
+        text: Tensor,
+        text_lengths: Sequence[int],
+        causal_text: bool = False,
+    ) -> PassInfo:
         """What a call processed, for a profile."""
         rows = sum(image_lengths) + sum(text_lengths)
         kind = "pair_encoder" if image.shape[0] and text.shape[0] else "image_encoder" if image.shape[0] else "text_encoder"
         return PassInfo(kind, len(image_lengths), rows, rows)
 
     def forward(
-        self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]
+        self,
+        image: Tensor,
+        image_lengths: Sequence[int],
+        text: Tensor,
+        text_lengths: Sequence[int],
+        causal_text: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        plan = AttentionPlan.joint(image_lengths, text_lengths, image.device)
+        make_plan = AttentionPlan.prefix_causal if causal_text else AttentionPlan.joint
+        plan = make_plan(image_lengths, text_lengths, image.device)
         split = image.shape[0]
         x = torch.cat([image, text]) if split and text.shape[0] else image if split else text
-        offsets = (0, split, split + text.shape[0])
+        offsets = {1: (0, len(x)), 2: (0, split, len(x))}
+        if any(layer.ffn_experts == 3 for layer in self.layers):
+            offsets[3] = _pair_offsets(image_lengths, text_lengths)
         samples = None
         if self.training:
             sample = torch.arange(len(image_lengths)).repeat(2)
@@ -147,12 +191,26 @@ class Beit3Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, plan, offsets, samples, len(image_lengths))
         if self.norm is not None:
-            x = self.norm(x, offsets)
+            x = self.norm(x, offsets[2])
         return x[:split], x[split:]
 
 
+def _pair_offsets(image_lengths: Sequence[int], text_lengths: Sequence[int]) -> tuple[int, int, int, int]:
+    """Runs of the vision, the vision-language and the language expert: rows of samples with both parts lie in the middle."""
+    kinds = [int(not image) - int(not text) for image, text in zip(image_lengths, text_lengths, strict=True) if image or text]
+    if kinds != sorted(kinds):
+        raise ValueError(
+            "with vision-language experts samples must be ordered: images alone, then pairs, then texts alone; received "
+            f"image parts of {list(image_lengths)} and text parts of {list(text_lengths)} rows."
+        )
+    rows = sum(image_lengths) + sum(text_lengths)
+    first = sum(image for image, text in zip(image_lengths, text_lengths, strict=True) if not text)
+    last = sum(text for image, text in zip(image_lengths, text_lengths, strict=True) if not image)
+    return 0, first, rows - last, rows
+
+
 class Beit3(nn.Module):
-    """BEiT-3 with its two prediction heads. Captions enter as packed token ids (bos, words, eos; no padding) and `Segments`."""
+    """BEiT-3 without a head. Captions enter as packed token ids (bos, words, eos; no padding) and `Segments`."""
 
     def __init__(self, config: Beit3Config) -> None:
         super().__init__()
@@ -165,12 +223,23 @@ class Beit3(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.dim)
         self.text_position = nn.Embedding(config.max_positions, config.dim)
         self.encoder = Beit3Encoder(config)
-        self.visual_head = Linear(config.dim, config.visual_vocab_size)
-        self.word_head = Linear(config.dim, config.vocab_size)
         self.apply(init_transformer)
         for parameter in (self.class_token, self.mask_token, self.image_position):
             nn.init.trunc_normal_(parameter, std=0.02)
         _scale_sub_layers(self.encoder, math.sqrt(math.log(2 * config.depth)))
+
+    def load_trunk(self, other: Beit3) -> None:
+        """Takes over the weights of a BEiT-3 that may have other heads, as fine-tuning does; this model's own heads stay as they are.
+
+        Raises: ValueError where a weight of this model without its heads is missing there, or has another shape.
+        """
+        own = {name: tensor for name, tensor in self.state_dict().items() if name.partition(".")[0] in _TRUNK}
+        given = other.state_dict()
+        for name, tensor in own.items():
+            if name not in given or given[name].shape != tensor.shape:
+                received = list(given[name].shape) if name in given else "none"
+                raise ValueError(f"load_trunk needs {name} of shape {list(tensor.shape)}; the other model has {received}.")
+        self.load_state_dict({name: given[name] for name in own}, strict=False)
 
     def embed_images(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``; patches where `mask` (bool ``[batch, patches]``) is True are hidden."""
@@ -205,17 +274,49 @@ class Beit3(nn.Module):
 
         Raises: ValueError if there is not one caption per image.
         """
-        if len(images) != len(segments):
-            raise ValueError(
-                f"encode_pairs needs one caption per image; received {len(segments)} captions for {len(images)} images."
-            )
-        image, text = self.embed_images(images, mask), self.embed_text(token_ids, segments)
-        return self._encode(image, [self.num_image_tokens] * len(images), text, segments.lengths)
+        return self._encode_pairs(images, token_ids, segments, mask, causal_text=False)
 
-    def _encode(self, image: Tensor, image_lengths: Sequence[int], text: Tensor, text_lengths: Sequence[int]) -> Beit3Output:
-        image, text = self.encoder(image, image_lengths, text, text_lengths)
+    def encode_captioned(self, images: Tensor, token_ids: Tensor, segments: Segments) -> Beit3Output:
+        """Pairs, for captioning: caption i reads image i and, causally, itself; an image reads itself only.
+
+        Raises: ValueError if there is not one caption per image.
+        """
+        return self._encode_pairs(images, token_ids, segments, None, causal_text=True)
+
+    def _encode_pairs(
+        self, images: Tensor, token_ids: Tensor, segments: Segments, mask: Tensor | None, causal_text: bool
+    ) -> Beit3Output:
+        if len(images) != len(segments):
+            raise ValueError(f"pairs need one caption per image; received {len(segments)} captions for {len(images)} images.")
+        image, text = self.embed_images(images, mask), self.embed_text(token_ids, segments)
+        return self._encode(image, [self.num_image_tokens] * len(images), text, segments.lengths, causal_text)
+
+    def _encode(
+        self,
+        image: Tensor,
+        image_lengths: Sequence[int],
+        text: Tensor,
+        text_lengths: Sequence[int],
+        causal_text: bool = False,
+    ) -> Beit3Output:
+        image, text = self.encoder(image, image_lengths, text, text_lengths, causal_text)
         device = image.device
         return Beit3Output(image, Segments(image_lengths, device), text, Segments(text_lengths, device))
+
+
+# parts of `Beit3`; what else a model has is its head
+_TRUNK = frozenset({"patch_embedding", "class_token", "mask_token", "image_position", "word", "text_position", "encoder"})
+
+
+class Beit3MaskedModel(Beit3):
+    """BEiT-3 with the two heads of pretraining: the codes of hidden patches, and hidden words."""
+
+    def __init__(self, config: Beit3Config) -> None:
+        super().__init__(config)
+        self.visual_head = Linear(config.dim, config.visual_vocab_size)
+        self.word_head = Linear(config.dim, config.vocab_size)
+        for head in (self.visual_head, self.word_head):
+            head.apply(init_transformer)
 
 
 @torch.no_grad()

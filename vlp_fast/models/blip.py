@@ -2,7 +2,8 @@
 
 Paper: Li et al., BLIP: Bootstrapping Language-Image Pre-training (2022), figure 2. A pre-norm ViT; a BERT-base tower in post-norm
 order whose two sets of self-attention weights (encoder, decoder) share embeddings, cross-attention and MLPs; heads for contrast,
-matching and language modelling. The momentum encoders and the queue belong to pretraining (`vlp_fast.training.BlipPretraining`).
+matching and language modelling. `Blip` has all of it; `BlipRetriever` and `BlipCaptioner` are what fine-tuning for one task leaves.
+The momentum encoders and the queue belong to pretraining (`vlp_fast.training.BlipPretraining`), two further tasks to `blip_tasks`.
 
 Dimensions: batch images, captions packed as rows, N = image tokens (class token first), dim = text width, vision_dim, V words.
 """
@@ -11,20 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import Linear, PostNormBlock, TextEmbedding, VisionTransformer, init_transformer
+from vlp_fast.modules import Linear, PostNormBlock, TextEmbedding, VisionTransformer, init_transformer, unit_features
 from vlp_fast.ops import linear
 from vlp_fast.passes import PassInfo, TextPass, pack_passes, with_first_token
 from vlp_fast.segments import Segments
 
-__all__ = ["BLIP_PRESETS", "Blip", "BlipConfig", "BlipTextTower", "ENCODER", "DECODER", "ImageOutput", "blip_preset"]
+__all__ = [
+    "BLIP_PRESETS",
+    "DECODER",
+    "ENCODER",
+    "Blip",
+    "BlipCaptioner",
+    "BlipConfig",
+    "BlipRetriever",
+    "BlipTextTower",
+    "ImageOutput",
+    "ImageRows",
+    "blip_preset",
+]
 
+Part = TypeVar("Part", bound=nn.Module)
 ENCODER, DECODER = 0, 1  # experts of the text tower's self-attention
 
 
@@ -33,6 +47,7 @@ class BlipConfig:
     """Sizes and constants of BLIP; the defaults are the base model at 224 pixels.
 
     `vocab_size` counts bert-base-uncased's 30,522 words and the two that follow: [DEC] (`dec_id`) and [ENC] (`enc_id`).
+    `vision_hidden_dim` is the width inside the image encoder's MLPs; None is 4 times `vision_dim`.
     """
 
     image_size: int = 224
@@ -40,6 +55,7 @@ class BlipConfig:
     vision_dim: int = 768
     vision_depth: int = 12
     vision_heads: int = 12
+    vision_hidden_dim: int | None = None
     vision_eps: float = 1e-6
     drop_path: float = 0.0
     dim: int = 768
@@ -87,6 +103,13 @@ def blip_preset(size: str, **changes: object) -> BlipConfig:
     return make_preset(BlipConfig, BLIP_PRESETS, size, changes)
 
 
+class ImageRows(NamedTuple):
+    """rows: ``[batch * N, vision_dim]`` packed. segments: one image each."""
+
+    rows: Tensor
+    segments: Segments
+
+
 class ImageOutput(NamedTuple):
     """rows: ``[batch * N, vision_dim]`` packed. segments: one image each. features: ``[batch, embed_dim]``, L2-normalised."""
 
@@ -105,7 +128,7 @@ class BlipImageEncoder(VisionTransformer):
             dim=config.vision_dim,
             depth=config.vision_depth,
             num_heads=config.vision_heads,
-            hidden_dim=4 * config.vision_dim,
+            hidden_dim=4 * config.vision_dim if config.vision_hidden_dim is None else config.vision_hidden_dim,
             eps=config.vision_eps,
             class_token=True,
             drop_path=config.drop_path,
@@ -117,12 +140,13 @@ class BlipTextTower(nn.Module):
     """The mixture of encoder-decoder (MED): BERT layers with experts in self-attention and shared cross-attention.
 
     Args:
-        config: sizes. num_experts: 2 (encoder, decoder), or 1 for a tower that only encodes. cross_attention: whether it can read images.
+        config: sizes. num_experts: 2 (encoder, decoder), or 1 for a tower that does one of both. context_dim: width of the rows that
+            cross-attention reads, images or (in visual question answering) questions; None: the tower has no cross-attention.
 
     Shape: passes -> one ``[rows, dim]`` per pass. Passes given together run as one packed forward.
     """
 
-    def __init__(self, config: BlipConfig, *, num_experts: int = 2, cross_attention: bool = True) -> None:
+    def __init__(self, config: BlipConfig, *, num_experts: int = 2, context_dim: int | None) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.embedding = TextEmbedding(
@@ -139,7 +163,7 @@ class BlipTextTower(nn.Module):
                 config.num_heads,
                 config.hidden_dim,
                 eps=config.text_eps,
-                context_dim=config.vision_dim if cross_attention else None,
+                context_dim=context_dim,
                 num_experts=num_experts,
                 dropout_p=config.dropout_p,
                 backend=config.backend,
@@ -160,31 +184,20 @@ class BlipTextTower(nn.Module):
 
     def describe(self, passes: Sequence[TextPass], *images: object) -> PassInfo:
         """What a call processed, for a profile."""
-        roles = {"text_decoder" if p.expert == DECODER else "text_encoder" for p in passes}
+        roles = {"text_decoder" if p.causal else "text_encoder" for p in passes}
         rows = sum(p.segments.rows for p in passes)
         return PassInfo("+".join(sorted(roles)), sum(len(p.segments) for p in passes), rows, rows)
 
 
-class Blip(nn.Module):
-    """BLIP's towers and heads.
+class Matching(nn.Module):
+    """What a model with BLIP's text encoder can do: features of images and captions, and whether they match."""
 
-    Captions enter as packed token ids and `Segments`: [CLS] words [SEP], no padding.
-    """
-
-    def __init__(self, config: BlipConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_encoder = BlipImageEncoder(config)
-        self.text_tower = BlipTextTower(config)
-        self.image_projection = Linear(config.vision_dim, config.embed_dim)
-        self.text_projection = Linear(config.dim, config.embed_dim)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
-        self.itm_head = Linear(config.dim, 2)
-        self.lm_transform = Linear(config.dim, config.dim)
-        self.lm_norm = nn.LayerNorm(config.dim, config.text_eps)
-        self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        for head in (self.image_projection, self.text_projection, self.itm_head, self.lm_transform):
-            init_transformer(head)
+    config: BlipConfig
+    image_encoder: BlipImageEncoder
+    text_tower: BlipTextTower
+    image_projection: Linear
+    text_projection: Linear
+    itm_head: Linear
 
     def encode_image(self, images: Tensor) -> ImageOutput:
         """Images ``[batch, 3, image_size, image_size]`` -> rows, their segments, and contrastive features."""
@@ -202,14 +215,28 @@ class Blip(nn.Module):
         ids = with_first_token(token_ids, segments, self.config.enc_id)
         return TextPass(name, ids, segments, expert=ENCODER, images=images)
 
-    def captioning_pass(self, token_ids: Tensor, segments: Segments, images: Sequence[int] | Tensor) -> TextPass:
-        """The pass that predicts caption i of image ``images[i]`` word by word: [DEC] first, causal."""
-        ids = with_first_token(token_ids, segments, self.config.dec_id)
-        return TextPass("lm", ids, segments, expert=DECODER, causal=True, images=images)
-
     def matching_logits(self, rows: Tensor, segments: Segments) -> Tensor:
         """Rows of a matching pass -> ``[captions, 2]``; class 1 is "matches"."""
         return self.itm_head(rows[segments.first_rows()])
+
+
+class Captioning(nn.Module):
+    """What a model with BLIP's text decoder can do: predict the next word of a caption. `decoder` is its expert in the text tower."""
+
+    decoder: ClassVar[int] = 0
+    config: BlipConfig
+    text_tower: BlipTextTower
+
+    def _make_word_head(self) -> None:
+        config = self.config
+        self.lm_transform = Linear(config.dim, config.dim)
+        self.lm_norm = nn.LayerNorm(config.dim, config.text_eps)
+        self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def captioning_pass(self, token_ids: Tensor, segments: Segments, images: Sequence[int] | Tensor) -> TextPass:
+        """The pass that predicts caption i of image ``images[i]`` word by word: [DEC] first, causal."""
+        ids = with_first_token(token_ids, segments, self.config.dec_id)
+        return TextPass("lm", ids, segments, expert=self.decoder, causal=True, images=images)
 
     def word_hidden(self, rows: Tensor) -> Tensor:
         """Rows of a captioning pass -> ``[rows, dim]``, which the words meet."""
@@ -224,6 +251,78 @@ class Blip(nn.Module):
         return linear(self.word_hidden(rows), *self.word_weights())
 
 
+class Blip(Matching, Captioning):
+    """BLIP's towers and heads.
+
+    Captions enter as packed token ids and `Segments`: [CLS] words [SEP], no padding.
+    """
+
+    decoder = DECODER
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = BlipImageEncoder(config)
+        self.text_tower = BlipTextTower(config, context_dim=config.vision_dim)
+        self.image_projection = Linear(config.vision_dim, config.embed_dim)
+        self.text_projection = Linear(config.dim, config.embed_dim)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.itm_head = Linear(config.dim, 2)
+        self._make_word_head()
+        for head in (self.image_projection, self.text_projection, self.itm_head, self.lm_transform):
+            init_transformer(head)
+
+    def retriever(self) -> BlipRetriever:
+        """A model of its own with copies of the weights that retrieval needs."""
+        return _part(self, BlipRetriever(self.config), ENCODER)
+
+    def captioner(self) -> BlipCaptioner:
+        """A model of its own with copies of the weights that captioning needs."""
+        return _part(self, BlipCaptioner(self.config), DECODER)
+
+
+class BlipRetriever(Matching):
+    """BLIP without its decoder: what checkpoints fine-tuned for retrieval hold. Scores are cosines and matching logits."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = BlipImageEncoder(config)
+        self.text_tower = BlipTextTower(config, num_experts=1, context_dim=config.vision_dim)
+        self.image_projection = Linear(config.vision_dim, config.embed_dim)
+        self.text_projection = Linear(config.dim, config.embed_dim)
+        self.itm_head = Linear(config.dim, 2)
+        for head in (self.image_projection, self.text_projection, self.itm_head):
+            init_transformer(head)
+
+
+class BlipCaptioner(Captioning):
+    """BLIP's image encoder and decoder: what checkpoints fine-tuned for captioning hold."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = BlipImageEncoder(config)
+        self.text_tower = BlipTextTower(config, num_experts=1, context_dim=config.vision_dim)
+        self._make_word_head()
+        init_transformer(self.lm_transform)
+
+    def encode_image(self, images: Tensor) -> ImageRows:
+        """Images ``[batch, 3, image_size, image_size]`` -> rows and their segments."""
+        rows = self.image_encoder(images)
+        return ImageRows(rows, self.image_encoder.segments(len(images), rows.device))
+
+
+def _part(whole: Blip, part: Part, expert: int) -> Part:
+    """`part` with the weights that it shares with the whole; where the whole has two experts, those of one."""
+    weights = whole.state_dict()
+    part.to(whole.lm_bias.device, whole.lm_bias.dtype)
+    part.load_state_dict(
+        {name: t if (t := weights[name]).shape == own.shape else t[[expert]] for name, own in part.state_dict().items()}
+    )
+    return part.train(whole.training)
+
+
 def project(rows: Tensor, segments: Segments, projection: nn.Linear) -> Tensor:
     """The first row of each segment, projected and L2-normalised: ``[segments, embed_dim]``."""
-    return F.normalize(projection(rows[segments.first_rows()]).float(), dim=-1)
+    return unit_features(projection(rows[segments.first_rows()]))

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import AttentionalPooler, Linear, PreNormBlock, VisionTransformer, init_transformer
+from vlp_fast.modules import AttentionalPooler, Linear, PreNormBlock, VisionTransformer, init_transformer, unit_features
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
@@ -239,12 +238,12 @@ class Coca(nn.Module):
         """Images ``[batch, 3, image_size, image_size]`` -> pooled caption tokens and contrastive features."""
         rows, pooled = self.image_encoder(images)
         segments = Segments([self.config.caption_queries] * len(images), rows.device)
-        return CocaImage(rows, segments, F.normalize(self.image_projection(pooled).float(), dim=-1))
+        return CocaImage(rows, segments, unit_features(self.image_projection(pooled)))
 
     def encode_text(self, token_ids: Tensor, segments: Segments) -> CocaText:
         """Captions -> unimodal states of their words and contrastive features from their CLS rows."""
         rows, pooled = self.text_encoder(token_ids, segments)
-        return CocaText(rows, segments, F.normalize(self.text_projection(pooled).float(), dim=-1))
+        return CocaText(rows, segments, unit_features(self.text_projection(pooled)))
 
     def word_hidden(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The decoder over every word but each caption's last, which has no next.

@@ -3,9 +3,11 @@
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.blocks import PostNormBlock, PreNormBlock
 from vlp_fast.modules.embeddings import PatchEmbedding, TextEmbedding, init_transformer
+from vlp_fast.modules.features import unit_features
 from vlp_fast.modules.feedforward import MLP, DropPath
 from vlp_fast.modules.linear import Linear
 from vlp_fast.modules.multiway import MultiwayAttention, MultiwayFFN, MultiwayLayerNorm, MultiwayLinear
+from vlp_fast.modules.palm import MultiQueryPooler, ParallelBlock, ParallelCrossBlock, rotary_table
 from vlp_fast.modules.pooler import AttentionalPooler
 from vlp_fast.modules.vision_transformer import VisionTransformer
 
@@ -15,10 +17,13 @@ __all__ = [
     "CrossAttention",
     "DropPath",
     "Linear",
+    "MultiQueryPooler",
     "MultiwayAttention",
     "MultiwayFFN",
     "MultiwayLayerNorm",
     "MultiwayLinear",
+    "ParallelBlock",
+    "ParallelCrossBlock",
     "PatchEmbedding",
     "PostNormBlock",
     "PreNormBlock",
@@ -26,4 +31,6 @@ __all__ = [
     "TextEmbedding",
     "VisionTransformer",
     "init_transformer",
+    "unit_features",
+    "rotary_table",
 ]

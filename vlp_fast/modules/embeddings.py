@@ -15,19 +15,20 @@ class PatchEmbedding(nn.Module):
 
     Args:
         image_size: side of the square image, a multiple of patch_size. patch_size: side of a patch. dim: width of the rows.
+        bias: of the projection.
 
     Shape: images ``[batch, 3, image_size, image_size]`` -> ``[batch, num_patches, dim]``, patches in row-major order.
     Raises: ValueError for images of another shape.
     """
 
-    def __init__(self, image_size: int, patch_size: int, dim: int) -> None:
+    def __init__(self, image_size: int, patch_size: int, dim: int, *, bias: bool = True) -> None:
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size; received {image_size} and {patch_size}.")
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = image_size // patch_size
         self.num_patches = self.grid**2
-        self.proj = Linear(3 * patch_size**2, dim)
+        self.proj = Linear(3 * patch_size**2, dim, bias)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):

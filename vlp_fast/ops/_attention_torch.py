@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,15 @@ def attention(
     dropout_p: float,
     seed: Tensor | None,
     return_lse: bool,
+    biases: Sequence[Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The torch twin of `vlp_fast.reference.attention`, on arguments already checked."""
+    """The torch twin of `vlp_fast.reference.attention`, on arguments already checked.
+
+    biases: added to the scores of each bucket, ``[groups or 1, heads, seqlen_q, seqlen_k]``; for full edges, without dropout or lse.
+    """
     padded = padded_plan(plan)
     outs, lses = [], []
-    for bucket in padded.buckets:
+    for number, bucket in enumerate(padded.buckets):
         if plan.shares_queries:
             qb = q.transpose(0, 1).expand(bucket.groups, -1, -1, -1)
         else:
@@ -38,8 +43,12 @@ def attention(
             out, lse = _explicit(qb, kb, vb, bucket, scale, dropout_p, seed)
             lses.append(lse.transpose(0, 1).reshape(q.shape[1], -1))  # [heads, slots]
         else:
+            mask = bucket.mask
+            if biases is not None:
+                bias = biases[number].to(q.dtype)
+                mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
             out = F.scaled_dot_product_attention(
-                qb, kb, vb, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                qb, kb, vb, attn_mask=mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], q.shape[2]))  # [slots, heads, head_dim]
     if padded.slots is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlp_fast.data.batches import Batch
 from vlp_fast.data.masking import blockwise_mask, mask_tokens
-from vlp_fast.models.beit3 import Beit3, Beit3Config
+from vlp_fast.models.beit3 import Beit3Config, Beit3MaskedModel
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
 from vlp_fast.segments import Segments
@@ -100,7 +100,7 @@ class Beit3Pretraining(PretrainingObjective):
                 f"visual_vocab_size must hold the visual tokenizer's {visual_tokenizer.num_codes} codes; "
                 f"received {config.visual_vocab_size}."
             )
-        self.model = Beit3(config)
+        self.model = Beit3MaskedModel(config)
         self.visual_tokenizer = visual_tokenizer
         self.mask_id, self.special_ids = mask_id, tuple(special_ids)
 

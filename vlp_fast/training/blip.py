@@ -19,6 +19,7 @@ from vlp_fast.modules import Linear
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import TextPass, loss_scope
 from vlp_fast.segments import Segments
+from vlp_fast.training._momentum import Momentum
 from vlp_fast.training.objective import PretrainingObjective
 
 __all__ = ["BlipMomentum", "BlipPretraining"]
@@ -27,53 +28,17 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 LABEL_SMOOTHING = 0.1
 
 
-class BlipMomentum(nn.Module):
-    """Slow copies of the encoders and a queue of their features: the keys that contrast is made against.
-
-    Buffers: image_queue, text_queue ``[queue_size, embed_dim]``, L2-normalised; queue_position, where the next keys go. No parameter
-    here is trained; `update` moves them towards the model, `enqueue` replaces the oldest keys. Neither waits for the device.
-    """
+class BlipMomentum(Momentum):
+    """Slow copies of BLIP's image encoder and of its text encoder without cross-attention, and the queues of their features."""
 
     def __init__(self, model: Blip) -> None:
         super().__init__()
         config = model.config
-        self.momentum = config.momentum
         self.image_encoder = BlipImageEncoder(config)
-        self.text_tower = BlipTextTower(config, num_experts=1, cross_attention=False)
+        self.text_tower = BlipTextTower(config, num_experts=1, context_dim=None)
         self.image_projection = Linear(config.vision_dim, config.embed_dim)
         self.text_projection = Linear(config.dim, config.embed_dim)
-        self.requires_grad_(False)
-        for name in ("image_queue", "text_queue"):
-            queue = nn.functional.normalize(torch.randn(config.queue_size, config.embed_dim), dim=1)
-            self.register_buffer(name, queue)
-        self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
-        self.image_queue: Tensor
-        self.text_queue: Tensor
-        self.queue_position: Tensor
-        self.update(model, momentum=0.0)
-
-    @torch.no_grad()
-    def update(self, model: Blip, momentum: float | None = None) -> None:
-        """own = momentum * own + (1 - momentum) * model's, for every parameter, in one fused call per dtype."""
-        online = dict(model.named_parameters())
-        own: list[Tensor] = []
-        other: list[Tensor] = []
-        for name, parameter in self.named_parameters():
-            source = online[name]
-            own.append(parameter)
-            # this tower has the encoder's self-attention only: expert 0 of the model's
-            other.append(source if source.shape == parameter.shape else source[: parameter.shape[0]])
-        torch._foreach_lerp_(own, other, 1.0 - (self.momentum if momentum is None else momentum))
-
-    @torch.no_grad()
-    def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
-        """Replaces the oldest keys by these ``[batch, embed_dim]``; a batch larger than the queue keeps its last rows."""
-        size = len(self.image_queue)
-        count = min(len(image_features), size)
-        rows = (self.queue_position + torch.arange(count, device=self.queue_position.device)) % size
-        self.image_queue.index_copy_(0, rows, image_features[-count:].to(self.image_queue.dtype))
-        self.text_queue.index_copy_(0, rows, text_features[-count:].to(self.text_queue.dtype))
-        self.queue_position.copy_((self.queue_position + count) % size)
+        self._start(model)
 
 
 class BlipPretraining(PretrainingObjective):
@@ -93,6 +58,11 @@ class BlipPretraining(PretrainingObjective):
         super().__init__(schedule)
         self.model = Blip(config)
         self.momentum = BlipMomentum(self.model)
+
+    @property
+    def config(self) -> BlipConfig:
+        """The model's."""
+        return self.model.config
 
     def towers(self) -> dict[str, nn.Module]:
         return {
@@ -180,4 +150,4 @@ class BlipPretraining(PretrainingObjective):
         image = project(rows, segments, momentum.image_projection)
         (text_rows,) = momentum.text_tower([TextPass("itc_momentum", batch.token_ids, captions)])
         text = project(text_rows, captions, momentum.text_projection)
-        return torch.cat([image, momentum.image_queue.to(image.dtype)]), torch.cat([text, momentum.text_queue.to(text.dtype)])
+        return momentum.keys(image, text)

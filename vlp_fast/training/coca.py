@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.models.coca import Coca, CocaConfig
+from vlp_fast.models.coca_open_clip import OpenClipCoca, OpenClipCocaConfig
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
 from vlp_fast.training.objective import PretrainingObjective
@@ -22,14 +23,17 @@ class CocaPretraining(PretrainingObjective):
     In a process group every process contrasts its own pairs with those of all.
 
     Args:
-        config: of the model. schedule: "published".
+        config: of the model, the paper's or open_clip's. schedule: "published".
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"contrastive": 1.0, "caption": 2.0}
 
-    def __init__(self, config: CocaConfig, schedule: str = "published") -> None:
+    def __init__(self, config: CocaConfig | OpenClipCocaConfig, schedule: str = "published") -> None:
         super().__init__(schedule)
-        self.model = Coca(config)
+        if isinstance(config, OpenClipCocaConfig):
+            self.model, self.ignored_word = OpenClipCoca(config), config.pad_id  # which is a word of its vocabulary too
+        else:
+            self.model, self.ignored_word = Coca(config), -100
 
     def towers(self) -> dict[str, nn.Module]:
         model = self.model
@@ -52,5 +56,6 @@ class CocaPretraining(PretrainingObjective):
         with loss_scope("caption"):
             hidden, rows = model.word_hidden(text, image)
             words = model.text_decoder.words.weight
-            caption = linear_cross_entropy(hidden, words, batch.token_ids[rows + 1], backend=self.backend)
+            targets = batch.token_ids[rows + 1]
+            caption = linear_cross_entropy(hidden, words, targets, ignore_index=self.ignored_word, backend=self.backend)
         return {"contrastive": contrastive, "caption": caption}

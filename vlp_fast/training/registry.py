@@ -11,7 +11,8 @@ import torch
 from vlp_fast.data.batches import Batch
 from vlp_fast.data.codebook import PatchCodebook
 from vlp_fast.data.tokenizer import WordPieceTokenizer
-from vlp_fast.models import beit3_preset, blip_preset, coca_preset
+from vlp_fast.models import albef_preset, beit3_preset, blip_preset, coca_preset
+from vlp_fast.training.albef import AlbefPretraining
 from vlp_fast.training.beit3 import Beit3Pretraining, VisualTokenizer
 from vlp_fast.training.blip import BlipPretraining
 from vlp_fast.training.coca import CocaPretraining
@@ -19,9 +20,14 @@ from vlp_fast.training.objective import PretrainingObjective
 
 __all__ = ["MODELS", "SIZES", "build_pretraining", "caption_lengths", "preset", "synthetic_batch"]
 
-MODELS = ("blip", "coca", "beit3")
+MODELS = ("blip", "coca", "beit3", "albef")
 SIZES = ("tiny", "base", "large")
-_PRESETS: dict[str, Callable[..., Any]] = {"blip": blip_preset, "coca": coca_preset, "beit3": beit3_preset}
+_PRESETS: dict[str, Callable[..., Any]] = {
+    "blip": blip_preset,
+    "coca": coca_preset,
+    "beit3": beit3_preset,
+    "albef": albef_preset,
+}
 # special tokens of the vocabularies the models were published with, where no tokenizer is given
 _MASK_ID, _SPECIAL_IDS = 64001, (0, 1, 2)
 
@@ -38,9 +44,14 @@ def preset(model: str, size: str, tokenizer: WordPieceTokenizer | None = None, *
         changes.setdefault("vocab_size", tokenizer.vocab_size if size == "tiny" else max(published, tokenizer.vocab_size))
         if model == "blip":
             changes.update(pad_id=tokenizer.pad_id, dec_id=tokenizer.dec_id, enc_id=tokenizer.enc_id)
+        elif model == "albef":
+            changes.update(pad_id=tokenizer.pad_id, cls_id=tokenizer.cls_id, mask_id=tokenizer.mask_id)
     elif model == "blip" and "vocab_size" in changes:
         changes.setdefault("dec_id", changes["vocab_size"] - 2)
         changes.setdefault("enc_id", changes["vocab_size"] - 1)
+    elif model == "albef" and "vocab_size" in changes:
+        changes.setdefault("cls_id", min(101, changes["vocab_size"] - 2))
+        changes.setdefault("mask_id", min(103, changes["vocab_size"] - 1))
     return _PRESETS[model](size, **changes)
 
 
@@ -56,7 +67,7 @@ def build_pretraining(
     """A model with its pretraining losses.
 
     Args:
-        model: "blip", "coca" or "beit3". size: "tiny", "base" or "large". schedule: how passes are grouped.
+        model: "blip", "coca", "beit3" or "albef". size: "tiny", "base" or "large" (ALBEF has no large). schedule: how passes are grouped.
         tokenizer: gives special ids and vocabulary; default: those of the published models.
         visual_tokenizer: BEiT-3 only: gives the ids of patches; default: a `PatchCodebook` of random patches, which costs what a
             trained one costs and teaches nothing: for profiles and throughput.
@@ -69,6 +80,8 @@ def build_pretraining(
         return BlipPretraining(config, schedule)
     if model == "coca":
         return CocaPretraining(config, schedule)
+    if model == "albef":
+        return AlbefPretraining(config, schedule)
     codebook = visual_tokenizer
     if codebook is None:
         with torch.device("cpu"):

@@ -6,6 +6,7 @@ another shape, all of it at once and before anything is changed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ __all__ = [
     "joined",
     "reshaped",
     "same",
+    "split",
     "stacked",
     "to_ours",
     "transposed",
@@ -41,7 +43,8 @@ class Rule:
         ours: name, or None for tensors of theirs that we have no use for (buffers made anew, copies that nobody reads).
         theirs: names, in the order that `load` takes and `save` gives.
         load: theirs -> ours. save: ours -> theirs.
-        tied: further names of theirs that hold the same tensor as ``theirs[0]``: asserted equal when loading, written again when saving.
+        tied: further names of theirs for the same tensors, in the order of `theirs` and over again: ``tied[i]`` holds the tensor of
+            ``theirs[i % len(theirs)]``. Asserted equal when loading, written again when saving.
         optional: whether a file may lack the tensors of `theirs` (all of them); then ours is left out too.
     """
 
@@ -60,7 +63,7 @@ def same(ours: str, theirs: str, *, tied: Iterable[str] = (), optional: bool = F
 
 def reshaped(ours: str, theirs: str, ours_shape: Sequence[int], theirs_shape: Sequence[int]) -> Rule:
     """The same numbers in the same order: ours has `ours_shape`, theirs `theirs_shape` (-1 for one side that follows)."""
-    return Rule(ours, (theirs,), lambda t: t[0].reshape(*ours_shape), lambda t: [t.reshape(*theirs_shape)])
+    return Rule(ours, (theirs,), lambda t: t[0].reshape(tuple(ours_shape)), lambda t: [t.reshape(tuple(theirs_shape))])
 
 
 def transposed(ours: str, theirs: str) -> Rule:
@@ -68,9 +71,21 @@ def transposed(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), lambda t: t[0].T.contiguous(), lambda t: [t.T.contiguous()])
 
 
-def joined(ours: str, theirs: Sequence[str]) -> Rule:
+def joined(ours: str, theirs: Sequence[str], *, tied: Iterable[str] = ()) -> Rule:
     """Ours is theirs, one after the other along dim 0, in equal parts: query, key and value as one projection."""
-    return Rule(ours, tuple(theirs), lambda t: torch.cat(list(t)), lambda t: t.chunk(len(theirs)))
+    return Rule(ours, tuple(theirs), lambda t: torch.cat(list(t)), lambda t: t.chunk(len(theirs)), tied=tuple(tied))
+
+
+def split(theirs: str, ours: Mapping[str, int]) -> list[Rule]:
+    """Several of ours, with so many rows each, are parts of theirs, one after the other along dim 0."""
+
+    def part(first: int, last: int | None) -> Callable[[Sequence[Tensor]], Tensor]:
+        return lambda tensors: tensors[0][first:last]
+
+    # the last part takes what is left, so that a tensor of another size shows
+    ends = list(itertools.accumulate(ours.values()))
+    bounds = zip([0, *ends], [*ends[:-1], None], strict=False)
+    return [Rule(name, (theirs,), part(*bound)) for name, bound in zip(ours, bounds, strict=False)]
 
 
 def stacked(ours: str, theirs: Sequence[str]) -> Rule:
@@ -120,10 +135,9 @@ def to_ours(
             if not (rule.optional and len(missing) == len(rule.theirs)):
                 problems += [f"{name} is missing" for name in missing]
             continue
-        first = state[rule.theirs[0]]
-        for name in rule.tied:
-            if name in state and (state[name].shape != first.shape or not torch.equal(state[name], first)):
-                problems.append(f"{name} should be the same tensor as {rule.theirs[0]} and differs from it")
+        for name, original in zip(rule.tied, itertools.cycle(rule.theirs)):
+            if name in state and not torch.equal(state[name], state[original]):
+                problems.append(f"{name} should be the same tensor as {original} and differs from it")
         try:
             found[rule.ours] = rule.load([state[name] for name in rule.theirs]).contiguous()
         except (RuntimeError, ValueError, IndexError) as error:
@@ -152,9 +166,10 @@ def from_ours(state: State, rules: Sequence[Rule], *, what: str = "the model") -
                 problems.append(f"{rule.ours} is missing")
             continue
         for name, tensor in zip(rule.theirs, rule.save(state[rule.ours]), strict=True):
-            found[name] = tensor.contiguous().clone()
-        for name in rule.tied:
-            found[name] = found[rule.theirs[0]].clone()
+            # several rules that give one name give its parts, in order
+            found[name] = torch.cat([found[name], tensor]) if name in found else tensor.contiguous().clone()
+        for name, original in zip(rule.tied, itertools.cycle(rule.theirs)):
+            found[name] = found[original].clone()
     _refuse(problems, what)
     return found
 
@@ -169,7 +184,7 @@ def _unlike(found: State, shapes: State) -> list[str]:
 
 def _refuse(problems: Sequence[str], what: str) -> None:
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(dict.fromkeys(problems))
         raise CheckpointError(f"{what} does not fit, and nothing was loaded:\n  {listed}\n{_likely_cause(problems)}")
 
 
@@ -179,6 +194,8 @@ def _likely_cause(problems: Sequence[str]) -> str:
     if "would have shape" in text or "cannot become" in text:
         return "Likely cause: another size of the model, image size or vocabulary than its configuration says."
     if "_m." in text or "queue" in text:
+        if "is not part" not in text:
+            return "Likely cause: a checkpoint without momentum copies or queues; load the model alone."
         return "Likely cause: a pretraining checkpoint with momentum copies or queues; load it as a pretraining checkpoint."
     if "head" in text or "cls." in text:
         return "Likely cause: a checkpoint of another task: its head is not that of this model."

@@ -1,0 +1,100 @@
+"""Keys and values of the texts being written: one buffer for all layers, written in place, read through a `DecodePlan`.
+
+A text is a slot of fixed capacity. Image rows that share a softmax with the text (BEiT-3) lie once in front of the slots; images that
+are read by cross-attention (BLIP, CoCa) lie in buffers of their own. Neither is repeated for the beams of an image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from vlp_fast.decode_plan import DecodePlan
+from vlp_fast.segments import Segments, _to_device
+
+__all__ = ["TextCache"]
+
+
+class TextCache:
+    """The self-attention cache of ``images * copies`` texts, text ``i * copies + j`` being the j-th of image i.
+
+    Args:
+        depth: layers, of one width. prompts: the rows with which each image's texts begin. copies: texts of an image. steps: rows that
+            each text may grow by. shared: image rows in front of the slots, so many of each image. drafts: rows behind a text that the
+            next step writes over.
+
+    Attributes:
+        plans: ``plans[d]`` reads each text with its first d drafts (and its image's shared rows), as long as it is now.
+    """
+
+    def __init__(self, depth: int, prompts: Segments, copies: int, steps: int, *, shared: int = 0, drafts: int = 0) -> None:
+        self.depth, self.prompts, self.copies, self.device = depth, prompts, copies, prompts.device
+        images, self.rows = len(prompts), len(prompts) * copies
+        self.capacity = prompts.max_length + steps + drafts
+        self.shared_rows = images * shared
+        lengths = np.repeat(np.asarray(prompts.lengths, np.int64), copies)
+        starts = self.shared_rows + self.capacity * np.arange(self.rows)
+        self.plans = [
+            DecodePlan.from_edges(
+                [1] * self.rows,
+                [*range(0, self.shared_rows, shared or 1), *starts.tolist()],
+                [*[shared] * (images if shared else 0), *(lengths + d).tolist()],
+                _edges(self.rows, copies, images if shared else 0),
+                capacities=[*[shared] * (images if shared else 0), *[self.capacity] * self.rows],
+                growing=[*[False] * (images if shared else 0), *[True] * self.rows],
+                device=self.device,
+            )
+            for d in range(drafts + 1)
+        ]
+        self._next = _to_device(starts + lengths, self.device)  # the row of the buffer that each text writes next
+        self._common, self._end = min(prompts.lengths) if images else 0, prompts.max_length
+        self._prompt_from, self._prompt_to = self._places_of_prompts(starts)
+        self._buffer: Tensor | None = None
+
+    def _places_of_prompts(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Rows of the packed prompts, for every copy, and the rows of the buffer where they go."""
+        chosen = [row // self.copies for row in range(self.rows)]
+        rows, taken = self.prompts.take(chosen)
+        shift = np.repeat(starts - taken.host_offsets[:-1], np.asarray(taken.lengths, np.int64))
+        return rows, _to_device(np.arange(taken.rows) + shift, self.device)
+
+    def start(self, layer: int, kv: Tensor, shared: Tensor | None = None) -> None:
+        """Keys and values ``[rows, 2, dim]`` of the packed prompts, and those of the images' shared rows."""
+        if self._buffer is None:
+            self._buffer = kv.new_empty(self.depth, self.shared_rows + self.rows * self.capacity, *kv.shape[1:])
+        if shared is not None:
+            self._buffer[layer, : self.shared_rows] = shared
+        self._buffer[layer].index_copy_(0, self._prompt_to, kv[self._prompt_from])
+
+    def advance(self) -> None:
+        """Every text has one row more; `write` says what it holds."""
+        for plan in self.plans:
+            plan.advance(1)
+        self._next.add_(1)
+        self._end += 1
+
+    def write(self, layer: int, kv: Tensor, draft: int = 0) -> None:
+        """Keys and values ``[texts, 2, dim]`` of the newest row of each text, or of a draft behind it."""
+        self._filled[layer].index_copy_(0, self._next + (draft - 1), kv)
+
+    def read(self, layer: int, num_heads: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, ``[buffer_rows, num_heads, head_dim]`` each."""
+        k, v = self._filled[layer].unflatten(2, (num_heads, -1)).unbind(1)
+        return k, v
+
+    def reorder(self, index: Tensor) -> None:
+        """Text i goes on as a copy of text ``index[i]`` of the same image. The rows of prompts are the same and stay."""
+        texts = self._filled[:, self.shared_rows :].unflatten(1, (self.rows, self.capacity))
+        grown = texts[:, :, self._common : self._end]
+        grown.copy_(grown.index_select(1, index))
+
+    @property
+    def _filled(self) -> Tensor:
+        assert self._buffer is not None, "prompts come first"
+        return self._buffer
+
+
+def _edges(rows: int, copies: int, images: int) -> list[tuple[int, int]]:
+    """Each text reads its image's shared rows, where there are any, then itself."""
+    own = [(row, images + row) for row in range(rows)]
+    return own if not images else [edge for row in range(rows) for edge in ((row, row // copies), own[row])]

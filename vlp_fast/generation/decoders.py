@@ -1,0 +1,304 @@
+"""How each model writes a text word by word: what a search asks of it, and the steps of BLIP, CoCa and BEiT-3.
+
+A search (`vlp_fast.generation.search`) knows `Decoder` and `Writing` only. A decoder runs the prompts of all images as one packed,
+causal forward, and after that one row per text and step (BEiT-3: two), whose keys and values stay in a `TextCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.decode_plan import DecodePlan
+from vlp_fast.generation.cache import TextCache
+from vlp_fast.models.beit3 import Beit3Layer, Beit3MaskedModel
+from vlp_fast.models.beit3_tasks import Beit3Captioner
+from vlp_fast.models.blip import Blip, BlipCaptioner
+from vlp_fast.models.coca import Coca
+from vlp_fast.models.coca_open_clip import CrossBlock, OpenClipCoca
+from vlp_fast.modules import CrossAttention, PostNormBlock, PreNormBlock
+from vlp_fast.ops import attention, attention_only, decode_attention
+from vlp_fast.segments import Segments
+
+__all__ = ["Beit3Decoder", "BlipDecoder", "CocaDecoder", "Decoder", "Texts", "Writing"]
+
+
+class Texts(NamedTuple):
+    """The beginnings of texts, one per image. token_ids: int64 ``[rows]``, packed, start token first. segments: their `Segments`."""
+
+    token_ids: Tensor
+    segments: Segments
+
+
+class Writing(Protocol):
+    """Texts being written, ``[texts]`` of them: those of image 0, then those of image 1.
+
+    Attributes: logits: ``[texts, vocab_size]``, of the words that follow the prompts.
+    """
+
+    logits: Tensor
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Appends one word to each text, int64 ``[texts]`` -> logits ``[texts, vocab_size]`` of the next."""
+
+    def reorder(self, index: Tensor) -> None:
+        """Text i goes on as a copy of text ``index[i]``, int64 ``[texts]``, of the same image."""
+
+
+class Decoder(Protocol):
+    """A model that writes. max_positions: tokens that a text may have."""
+
+    max_positions: int
+    vocab_size: int
+
+    def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
+        """Encodes images and prompts, once each, to write `copies` texts of up to `steps` further words for each image."""
+
+
+Attend = Callable[[int, int, Tensor], Tensor]  # layer, num_heads, qkv [rows, 3 * dim] -> [rows, dim]
+AttendImage = Callable[[int, Tensor], Tensor]  # layer, q [rows, heads, head_dim] -> [rows, dim]
+
+
+class CrossAttendingWriting:
+    """Texts that attend to themselves and, by cross-attention, to their image's keys and values.
+
+    Args:
+        rows: what the model does with words: (token ids, positions, own attention, image attention) -> ``[rows, dim]``.
+        logits: ``[rows, dim]`` -> ``[rows, vocab_size]``. contexts: layer -> keys and values of all images, packed.
+    """
+
+    def __init__(
+        self,
+        decoder: BlipDecoder | CocaDecoder,
+        rows: Callable[[Tensor, Tensor, Attend, AttendImage], Tensor],
+        logits: Callable[[Tensor], Tensor],
+        contexts: Mapping[int, tuple[Tensor, Tensor]],
+        image_segments: Segments,
+        prompts: Texts,
+        cache: TextCache,
+    ) -> None:
+        backend, segments = decoder.model.config.backend, prompts.segments
+        self._rows, self._logits, self._contexts, self._cache = rows, logits, contexts, cache
+        self._backend = _own_backend(backend)
+        self._plan = DecodePlan.cross(image_segments.lengths, cache.copies, image_segments.device)
+        own = AttentionPlan.self_attention(segments, causal=True)
+        cross = AttentionPlan.cross_attention(segments, image_segments)
+
+        def attend(layer: int, num_heads: int, qkv: Tensor) -> Tensor:
+            q, k, v, kv = _split(qkv, num_heads)
+            cache.start(layer, kv)
+            return attention(q, k, v, own, backend=backend).flatten(1)
+
+        def attend_image(layer: int, q: Tensor) -> Tensor:
+            return attention(q, *contexts[layer], cross, backend=backend).flatten(1)
+
+        hidden = rows(prompts.token_ids, segments.positions(), attend, attend_image)[segments.last_rows()]
+        self.logits = logits(hidden).repeat_interleave(cache.copies, 0)
+        self._positions = _Positions(segments, cache.copies, decoder.max_positions)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        self._cache.advance()
+        return self._logits(self._rows(token_ids, self._positions.next(), self._attend, self._attend_image))
+
+    def reorder(self, index: Tensor) -> None:
+        self._cache.reorder(index)
+
+    def _attend(self, layer: int, num_heads: int, qkv: Tensor) -> Tensor:
+        q, _, _, kv = _split(qkv, num_heads)
+        self._cache.write(layer, kv)
+        return _decode(q, self._cache.read(layer, num_heads), self._cache.plans[0], self._backend).flatten(1)
+
+    def _attend_image(self, layer: int, q: Tensor) -> Tensor:
+        return _decode(q, self._contexts[layer], self._plan, self._backend).flatten(1)
+
+
+class BlipDecoder:
+    """BLIP's text tower with its decoder's self-attention. A text's first token is [DEC]."""
+
+    def __init__(self, model: Blip | BlipCaptioner) -> None:
+        self.model = model
+        self.max_positions, self.vocab_size = model.config.max_positions, model.config.vocab_size
+
+    def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
+        model = self.model
+        rows = model.image_encoder(images)
+        segments = model.image_encoder.segments(len(images), rows.device)
+        contexts = {i: _cross(block).project_context(rows) for i, block in enumerate(model.text_tower.blocks)}
+        cache = TextCache(model.config.depth, prompts.segments, copies, steps)
+        return CrossAttendingWriting(self, self._rows, model.word_logits, contexts, segments, prompts, cache)
+
+    def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+        tower, expert = self.model.text_tower, self.model.decoder
+        x = tower.embedding(token_ids, positions)
+        experts = (*[0] * (expert + 1), *[len(x)] * (tower.num_experts - expert))
+        for layer, block in enumerate(tower.blocks):
+            assert isinstance(block, PostNormBlock)
+            own = block.attention
+            out = attend(layer, own.num_heads, own.qkv(x, experts))
+            x = block.attention_norm(own.proj(out, experts, x), experts)
+            x = block.cross_norm(x + _read(block.cross_attention, layer, x, attend_image))
+            x = block.mlp_norm(x + block.mlp(x))
+        return x
+
+
+class CocaDecoder:
+    """CoCa's text encoder without its CLS row, which no word reads, and the text decoder over it; the paper's or open_clip's."""
+
+    def __init__(self, model: Coca | OpenClipCoca) -> None:
+        self.model = model
+        self.max_positions, self.vocab_size = model.config.context_length, model.config.vocab_size
+        self._first = len(model.text_encoder.blocks)  # layer that reads the image
+
+    def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
+        model, image = self.model, self.model.encode_image(images)
+        contexts = {}
+        for layer, block in enumerate(self._readers(), self._first):
+            rows = block.context_norm(image.rows) if isinstance(block, CrossBlock) else image.rows
+            contexts[layer] = _cross(block).project_context(rows)
+        cache = TextCache(self._first + len(contexts), prompts.segments, copies, steps)
+        words = model.text_decoder.words
+        return CrossAttendingWriting(self, self._rows, words, contexts, image.segments, prompts, cache)
+
+    def _readers(self) -> Iterable[nn.Module]:
+        """The modules that read the image, one per layer of the text decoder."""
+        model = self.model
+        return model.text_decoder.blocks if isinstance(model, Coca) else model.text_decoder.cross_blocks
+
+    def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+        encoder, decoder = self.model.text_encoder, self.model.text_decoder
+        readers = [*[None] * self._first, *self._readers()]
+        x = encoder.word(token_ids) + encoder.position[positions]
+        for layer, (block, reader) in enumerate(zip([*encoder.blocks, *decoder.blocks], readers, strict=True)):
+            assert isinstance(block, PreNormBlock)
+            own = block.attention
+            x = x + own.proj(attend(layer, own.num_heads, own.qkv(block.norm1(x))))
+            if reader is block:  # the paper's layer reads the image between attention and MLP
+                x = x + _read(block.cross_attention, layer, block.cross_norm(x), attend_image)
+            x = x + block.mlp(block.norm2(x))
+            if isinstance(reader, CrossBlock):
+                x = x + _read(reader.cross_attention, layer, reader.norm1(x), attend_image)
+                x = x + reader.mlp(reader.norm2(x))
+        return decoder.norm(x)
+
+
+class Beit3Decoder:
+    """BEiT-3 as a captioner: the word that follows a text is what the model reads in a [MASK] behind it.
+
+    Image rows read the image alone, so that their keys and values are made once; a word reads the image and the words up to itself. A step
+    runs two rows a text: the word just written, which the cache keeps, and [MASK], which the next step writes over.
+
+    Args:
+        mask_id: the word [MASK] (Wang et al., BEiT-3, section 3.1; the released captioner).
+    """
+
+    def __init__(self, model: Beit3Captioner | Beit3MaskedModel, mask_id: int) -> None:
+        self.model, self.mask_id = model, mask_id
+        self.max_positions, self.vocab_size = model.config.max_positions, model.config.vocab_size
+
+    def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
+        return Beit3Writing(self, images, prompts, copies, steps)
+
+
+class Beit3Writing:
+    """Texts of BEiT-3. Rows of a step: the new words, then as many [MASK]."""
+
+    def __init__(self, decoder: Beit3Decoder, images: Tensor, prompts: Texts, copies: int, steps: int) -> None:
+        self._model = model = decoder.model
+        self._backend = _own_backend(model.config.backend)
+        shared, segments = model.num_image_tokens, prompts.segments
+        self._cache = cache = TextCache(model.config.depth, segments, copies, steps, shared=shared, drafts=1)
+        self._masks = torch.full((cache.rows,), decoder.mask_id, dtype=torch.long, device=images.device)
+        # the prompts with a [MASK] behind each, after all images
+        masked = Segments([n + 1 for n in segments.lengths], segments.device)
+        words = masked.rows_before_last(1)
+        token_ids = prompts.token_ids.new_full((masked.rows,), decoder.mask_id).index_copy(0, words, prompts.token_ids)
+        image = model.embed_images(images)
+        split = len(image)
+        plan = AttentionPlan.prefix_causal([shared] * len(images), masked.lengths, image.device)
+
+        def attend(layer: int, num_heads: int, qkv: Tensor) -> Tensor:
+            q, k, v, kv = _split(qkv, num_heads)
+            cache.start(layer, kv[split:][words], kv[:split])
+            return attention(q, k, v, plan, backend=model.config.backend).flatten(1)
+
+        x = self._rows(torch.cat([image, model.embed_text(token_ids, masked)]), split, attend)
+        self.logits = model.word_head(x[split:][masked.last_rows()]).repeat_interleave(copies, 0)
+        self._positions = _Positions(segments, copies, decoder.max_positions)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        self._cache.advance()
+        model = self._model
+        positions = torch.cat([self._positions.next(), self._positions.after()])
+        x = model.word(torch.cat([token_ids, self._masks])) + model.text_position(positions)
+        return model.word_head(self._rows(x, 0, self._attend)[len(token_ids) :])
+
+    def reorder(self, index: Tensor) -> None:
+        self._cache.reorder(index)
+
+    def _attend(self, layer: int, num_heads: int, qkv: Tensor) -> Tensor:
+        cache, (q, _, _, kv) = self._cache, _split(qkv, num_heads)
+        outs = []
+        # a word must not see the [MASK] behind it: two calls, the second with slots one row longer
+        for draft, plan in enumerate(cache.plans):
+            rows = slice(draft * cache.rows, (draft + 1) * cache.rows)
+            cache.write(layer, kv[rows], draft)
+            outs.append(_decode(q[rows], cache.read(layer, num_heads), plan, self._backend))
+        return torch.cat(outs).flatten(1)
+
+    def _rows(self, x: Tensor, images: int, attend: Attend) -> Tensor:
+        """The layers over rows of which the first `images` are of images: for every number of experts, the runs of theirs."""
+        experts = {1: (0, len(x)), 2: (0, images, len(x)), 3: (0, 0, len(x), len(x))}
+        encoder = self._model.encoder
+        for layer, block in enumerate(encoder.layers):
+            assert isinstance(block, Beit3Layer)
+            own, runs = block.attention, experts[block.attention_experts]
+            out = attend(layer, own.num_heads, own.qkv(block.attention_norm(x, runs), runs))
+            x = own.proj(out if own.inner_norm is None else own.inner_norm(out, runs), runs, x)
+            runs = experts[block.ffn_experts]
+            x = block.ffn(block.ffn_norm(x, runs), runs, x)
+        return x if encoder.norm is None else encoder.norm(x, experts[2])
+
+
+class _Positions:
+    """The position of the word that each text takes next; texts of longer prompts are complete before others, but step on."""
+
+    def __init__(self, prompts: Segments, copies: int, max_positions: int) -> None:
+        lengths = torch.tensor(prompts.lengths, dtype=torch.long).repeat_interleave(copies)
+        self._next, self._last = lengths.to(prompts.device), max_positions - 1
+
+    def next(self) -> Tensor:
+        positions = self.after()
+        self._next = self._next + 1
+        return positions
+
+    def after(self) -> Tensor:
+        return self._next.clamp(max=self._last)
+
+
+def _cross(block: nn.Module) -> CrossAttention:
+    assert isinstance(block, PostNormBlock | PreNormBlock | CrossBlock)
+    return block.cross_attention
+
+
+def _read(cross: CrossAttention, layer: int, x: Tensor, attend_image: AttendImage) -> Tensor:
+    return cross.proj(attend_image(layer, cross.query(x).unflatten(1, (cross.num_heads, -1))))
+
+
+def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``[rows, 3 * dim]`` -> q, k, v ``[rows, heads, head_dim]``, and keys and values as the cache takes them, ``[rows, 2, dim]``."""
+    q, k, v = qkv.unflatten(1, (3, num_heads, -1)).unbind(1)
+    return q, k, v, qkv.unflatten(1, (3, -1))[:, 1:]
+
+
+def _decode(q: Tensor, kv: tuple[Tensor, Tensor], plan: DecodePlan, backend: str | None) -> Tensor:
+    out = decode_attention(q, *kv, plan, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _own_backend(backend: str | None) -> str | None:
+    return None if attention_only(backend) else backend

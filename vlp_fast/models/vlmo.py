@@ -1,0 +1,413 @@
+"""VLMo: one self-attention for images, texts and pairs, with a feed-forward expert for each.
+
+Paper: Bao et al., VLMo: Unified Vision-Language Pre-Training with Mixture-of-Modality-Experts (2021), figure 1. Pre-norm, LayerNorm
+eps 1e-6, exact GELU, LayerScale; attention and its norm are shared, feed-forward and its norm belong to the row's modality. The top
+layers have a third expert, for vision and language, that takes all rows of a pair. Rows are all texts, then all images. Positions are
+a bias on the scores, learned per layer and head (base, large), or embeddings (base plus). Heads: pooling and matching of pairs, word
+prediction, contrast.
+
+Dimensions: samples, N = image tokens (class token first), T = text tokens ([CLS] first), dim, V words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.models._config import check_positive, make_preset
+from vlp_fast.modules import DropPath, Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, init_transformer
+from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
+from vlp_fast.ops import attention, linear
+from vlp_fast.passes import PassInfo
+from vlp_fast.segments import Segments
+
+__all__ = [
+    "VLMO_PRESETS",
+    "Vlmo",
+    "VlmoConfig",
+    "VlmoContrast",
+    "VlmoEncoder",
+    "VlmoOutput",
+    "VlmoPairs",
+    "vlmo_preset",
+]
+
+TEXT_EPS = 1e-12  # of BERT's norms: after the text embedding, before the word head
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlmoConfig:
+    """Sizes of VLMo; the defaults are the base model at 224 pixels.
+
+    vl_start: the first layer with a vision-language expert (`depth`: none has one). layer_scale: start of the branches' scales, None
+    for none. relative: positions are a bias on attention scores, else embeddings; with a bias, attention is PyTorch's on every device
+    (`modules.biased_attention`). relative_text_length: the text length whose distances the bias has entries for. drop_path: stochastic
+    depth, rising over the depth; the published code also takes it as the dropout after the text embedding. backend: of all else.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    hidden_dim: int = 3072
+    vl_start: int = 10
+    eps: float = 1e-6
+    layer_scale: float | None = 0.1
+    relative: bool = True
+    relative_text_length: int = 196
+    drop_path: float = 0.1
+    vocab_size: int = 30522
+    max_positions: int = 40
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "image_size", "patch_size", "dim", "depth", "num_heads", "hidden_dim", "vocab_size", "max_positions"
+        )
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim; received num_heads={self.num_heads} for dim={self.dim}.")
+        if not 1 <= self.vl_start <= self.depth:
+            raise ValueError(f"vl_start must be a layer from 1 to depth {self.depth}; received {self.vl_start}.")
+        if self.relative and self.max_positions > self.relative_text_length:
+            raise ValueError(
+                f"max_positions must be at most relative_text_length {self.relative_text_length}; received {self.max_positions}."
+            )
+
+
+VLMO_PRESETS: dict[str, dict[str, Any]] = {
+    # for tests and first steps: seconds on a CPU
+    "tiny": {
+        "image_size": 64, "dim": 64, "depth": 3, "num_heads": 4, "hidden_dim": 256, "vl_start": 2, "drop_path": 0.0,
+        "vocab_size": 1000, "relative_text_length": 40,
+    },
+    # vlmo_base_patch16, vlmo_large_patch16 and vlmo_base_plus_patch16 of the published code
+    "base": {},
+    "large": {"dim": 1024, "depth": 24, "num_heads": 16, "hidden_dim": 4096, "vl_start": 21},
+    # heads are 34 wide, which the attention kernels do not take
+    "base_plus": {
+        "dim": 544, "depth": 24, "num_heads": 16, "hidden_dim": 2176, "vl_start": 21, "layer_scale": None, "relative": False,
+        "backend": "torch",
+    },
+}  # fmt: skip
+
+
+def vlmo_preset(size: str, **changes: object) -> VlmoConfig:
+    """The named preset with some fields changed, such as ``vlmo_preset("base", image_size=384)``."""
+    return make_preset(VlmoConfig, VLMO_PRESETS, size, changes)
+
+
+class VlmoOutput(NamedTuple):
+    """rows: ``[rows, dim]`` with their segments, one per sample. features: ``[samples, dim]``, L2-normalised."""
+
+    rows: Tensor
+    segments: Segments
+    features: Tensor
+
+
+class VlmoContrast(NamedTuple):
+    """As `VlmoOutput`; vl_features: ``[samples, dim]``, of the top layers run again with their vision-language experts."""
+
+    rows: Tensor
+    segments: Segments
+    features: Tensor
+    vl_features: Tensor
+
+
+class VlmoPairs(NamedTuple):
+    """text ``[text rows, dim]``, image ``[image rows, dim]``, with a segment per pair in both; pooled ``[pairs, dim]``."""
+
+    text: Tensor
+    text_segments: Segments
+    image: Tensor
+    image_segments: Segments
+    pooled: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------------------- layers
+
+
+class VlmoPlan(NamedTuple):
+    """What all layers of one forward share.
+
+    plan: who reads whom. pairs: entries of the bias table, empty without one. text_rows, rows: where images begin and end.
+    samples, parts: int64 ``[rows]``, the sample of each row and its text or image part, for stochastic depth; num_samples.
+    """
+
+    plan: AttentionPlan
+    pairs: list[Tensor]
+    text_rows: int
+    rows: int
+    samples: Tensor | None
+    parts: Tensor | None
+    num_samples: int
+
+
+class VlmoAttention(nn.Module):
+    """Self-attention, the same for all modalities; queries and values have a bias, keys have none."""
+
+    def __init__(self, config: VlmoConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads, self.backend = config.num_heads, config.backend
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, shared: VlmoPlan, table: Tensor | None) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = linear(x, self.qkv.weight, bias).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if table is None:
+            out = attention(q, k, v, shared.plan, backend=self.backend)
+        else:
+            out = biased_attention(q, k, v, shared.plan, table, shared.pairs)
+        return self.proj(out.flatten(1))
+
+
+class VlmoLayer(nn.Module):
+    """x + gamma * attention(norm(x)), then x + gamma * FFN(norm(x)) with norm and FFN of the row's expert.
+
+    Experts: 0 text, 1 image, and in the top layers 2 vision-language.
+    """
+
+    def __init__(self, config: VlmoConfig, num_experts: int, drop_path: float) -> None:
+        super().__init__()
+        dim, eps, backend = config.dim, config.eps, config.backend
+        self.num_experts = num_experts
+        self.attention_norm = nn.LayerNorm(dim, eps)
+        self.attention = VlmoAttention(config)
+        self.ffn_norm = MultiwayLayerNorm(dim, num_experts, eps=eps, backend=backend)
+        self.fc1 = MultiwayLinear(dim, config.hidden_dim, num_experts, activation="gelu", backend=backend)
+        self.fc2 = MultiwayLinear(config.hidden_dim, dim, num_experts, backend=backend)
+        self.attention_scale = _scale(dim, config.layer_scale)
+        self.ffn_scale = _scale(dim, config.layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, shared: VlmoPlan, table: Tensor | None, vl: bool) -> Tensor:
+        """vl: whether the vision-language expert takes all rows, where this layer has one."""
+        text, rows, n = shared.text_rows, shared.rows, shared.num_samples
+        branch = _scaled(self.attention(self.attention_norm(x), shared, table), self.attention_scale)
+        x = x + self.drop_path(branch, shared.samples, n)
+        if self.num_experts == 2:
+            offsets: tuple[int, ...] = (0, text, rows)
+        else:
+            offsets = (0, 0, 0, rows) if vl else (0, text, rows, rows)
+        branch = _scaled(self.fc2(self.fc1(self.ffn_norm(x, offsets), offsets), offsets), self.ffn_scale)
+        if self.num_experts == 3 and vl:
+            return x + self.drop_path(branch, shared.samples, n)
+        return x + self.drop_path(branch, shared.parts, 2 * n)  # each expert's branch is dropped on its own
+
+
+def _scale(dim: int, start: float | None) -> nn.Parameter | None:
+    return None if start is None else nn.Parameter(torch.full((dim,), start))
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    return branch if scale is None else branch * scale
+
+
+class VlmoEncoder(nn.Module):
+    """The layers, over samples of a text part and an image part of which either may be empty.
+
+    Shape: rows ``[text rows + image rows, dim]``, all texts before all images -> the same, once for each entry of `vl`.
+    """
+
+    def __init__(self, config: VlmoConfig) -> None:
+        super().__init__()
+        self.max_positions, self.vl_start = config.max_positions, config.vl_start
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.layers = nn.ModuleList(VlmoLayer(config, 2 if i < config.vl_start else 3, rate) for i, rate in enumerate(rates))
+        self.norm = nn.LayerNorm(config.dim, config.eps)
+        self.relative_bias: nn.Parameter | None = None
+        if config.relative:
+            grid = config.image_size // config.patch_size
+            buckets, entries = relative_buckets(grid, config.relative_text_length, config.max_positions)
+            self.register_buffer("buckets", buckets, persistent=False)
+            self.buckets: Tensor
+            self.relative_bias = nn.Parameter(torch.zeros(entries, config.depth, config.num_heads))
+
+    def describe(self, rows: Tensor, text_lengths: Sequence[int], image_lengths: Sequence[int], vl: Sequence[bool]) -> PassInfo:
+        """What a call processed, for a profile."""
+        kinds = {(True, True): "pair_encoder", (True, False): "text_encoder"}
+        kind = kinds.get((any(text_lengths), any(image_lengths)), "image_encoder")
+        return PassInfo(kind, len(text_lengths), len(rows), len(rows))
+
+    def forward(
+        self, rows: Tensor, text_lengths: Sequence[int], image_lengths: Sequence[int], vl: Sequence[bool]
+    ) -> list[Tensor]:
+        """The lower layers once; the top layers for each entry of `vl`, with their vision-language experts where it is True."""
+        shared = self._plan(text_lengths, image_lengths, rows.device)
+        for i in range(self.vl_start):
+            rows = self.layers[i](rows, shared, self._table(i), False)
+        outs = []
+        for joint in vl:
+            x = rows
+            for i in range(self.vl_start, len(self.layers)):
+                x = self.layers[i](x, shared, self._table(i), joint)
+            outs.append(self.norm(x))
+        return outs
+
+    def _table(self, layer: int) -> Tensor | None:
+        return None if self.relative_bias is None else self.relative_bias[:, layer]
+
+    def _plan(self, text_lengths: Sequence[int], image_lengths: Sequence[int], device: torch.device) -> VlmoPlan:
+        plan = AttentionPlan.joint(text_lengths, image_lengths, device)
+        text, n = sum(text_lengths), len(text_lengths)
+        pairs: list[Tensor] = []
+        if self.relative_bias is not None:
+            # text positions come first in the table, so those of an image begin behind the longest text
+            positions = plan.query.positions()
+            positions[text:] += self.max_positions
+            alike = len(set(zip(text_lengths, image_lengths, strict=True))) == 1
+            pairs = pair_buckets(plan, positions, self.buckets, alike=alike)
+        samples = parts = None
+        if self.training:
+            parts = torch.arange(2 * n).repeat_interleave(torch.tensor(plan.query.lengths)).to(device)
+            samples = parts % max(n, 1)
+        return VlmoPlan(plan, pairs, text, plan.query.rows, samples, parts, n)
+
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+
+class Vlmo(nn.Module):
+    """VLMo with the heads of its pretraining. Captions enter as packed token ids ([CLS], words, [SEP]; no padding) and `Segments`.
+
+    log_scale, log_vl_scale: logarithms of what multiplies similarities of `features` and `vl_features`.
+    """
+
+    def __init__(self, config: VlmoConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.image_size, config.patch_size, dim)
+        self.num_image_tokens = self.patch_embedding.num_patches + 1
+        self.class_token = nn.Parameter(torch.zeros(dim))
+        self.word = nn.Embedding(config.vocab_size, dim)
+        self.sentence_type = nn.Parameter(torch.zeros(2, dim))  # BERT's table, of which only row 0 is read
+        self.image_position = None if config.relative else nn.Parameter(torch.zeros(self.num_image_tokens, dim))
+        self.text_position = None if config.relative else nn.Embedding(config.max_positions, dim)
+        self.text_norm = nn.LayerNorm(dim, TEXT_EPS)
+        self.text_dropout = nn.Dropout(config.drop_path)
+        self.modality = nn.Parameter(torch.zeros(2, dim))  # text, image
+        self.encoder = VlmoEncoder(config)
+        self.pooler = Linear(dim, dim)
+        self.matching_head = Linear(dim, 2)
+        self.word_transform = Linear(dim, dim)
+        self.word_norm = nn.LayerNorm(dim, TEXT_EPS)
+        self.word_head = Linear(dim, config.vocab_size)
+        self.text_projection = Linear(dim, dim, bias=False)
+        self.image_projection = Linear(dim, dim, bias=False)
+        self.vl_text_projection = Linear(dim, dim, bias=False)
+        self.vl_image_projection = Linear(dim, dim, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        self.log_vl_scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        self.apply(init_transformer)
+        for parameter in (self.class_token, self.sentence_type, self.modality, self.image_position):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def embed_text(self, token_ids: Tensor, segments: Segments) -> Tensor:
+        """Packed token ids -> ``[rows, dim]``.
+
+        Raises: ValueError for no caption, an empty one or one longer than the configuration's max_positions.
+        """
+        if len(segments) == 0:
+            raise ValueError("segments must hold at least one caption; received none.")
+        if segments.max_length > self.config.max_positions:
+            raise ValueError(
+                f"captions must have at most {self.config.max_positions} tokens; received one of {segments.max_length}."
+            )
+        if 0 in segments.lengths:
+            raise ValueError(f"captions must have at least one token; caption {segments.lengths.index(0)} is empty.")
+        if token_ids.shape != (segments.rows,):
+            raise ValueError(f"token_ids must be one row per token, [{segments.rows}]; received {list(token_ids.shape)}.")
+        x = self.word(token_ids) + self.sentence_type[0]
+        if self.text_position is not None:
+            x = x + self.text_position(segments.positions())
+        return self.text_dropout(self.text_norm(x)) + self.modality[0]
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``.
+
+        Raises: ValueError for images of another shape, or none.
+        """
+        if len(images) == 0:
+            raise ValueError("images must hold at least one image; received none.")
+        x = self.patch_embedding(images)
+        x = torch.cat([self.class_token.to(x.dtype).expand(len(images), 1, -1), x], 1)
+        if self.image_position is not None:
+            x = x + self.image_position
+        return (x + self.modality[1]).flatten(0, 1)
+
+    def encode_text(self, token_ids: Tensor, segments: Segments) -> VlmoOutput:
+        """Captions alone: text experts in every layer."""
+        rows = self._alone_text(token_ids, segments, (False,))[0]
+        return VlmoOutput(rows, segments, _features(rows, segments, self.text_projection))
+
+    def encode_image(self, images: Tensor) -> VlmoOutput:
+        """Images alone: image experts in every layer."""
+        segments = self.image_segments(images)
+        rows = self._alone_image(images, (False,))[0]
+        return VlmoOutput(rows, segments, _features(rows, segments, self.image_projection))
+
+    def contrast_text(self, token_ids: Tensor, segments: Segments) -> VlmoContrast:
+        """`encode_text`, and the top layers a second time with their vision-language experts."""
+        rows, vl_rows = self._alone_text(token_ids, segments, (False, True))
+        vl_features = _features(vl_rows, segments, self.vl_text_projection)
+        return VlmoContrast(rows, segments, _features(rows, segments, self.text_projection), vl_features)
+
+    def contrast_image(self, images: Tensor) -> VlmoContrast:
+        """`encode_image`, and the top layers a second time with their vision-language experts."""
+        segments = self.image_segments(images)
+        rows, vl_rows = self._alone_image(images, (False, True))
+        vl_features = _features(vl_rows, segments, self.vl_image_projection)
+        return VlmoContrast(rows, segments, _features(rows, segments, self.image_projection), vl_features)
+
+    def encode_pairs(self, images: Tensor, token_ids: Tensor, segments: Segments) -> VlmoPairs:
+        """Pairs: caption i and image i attend to each other; vision-language experts in the top layers.
+
+        Raises: ValueError if there is not one caption per image.
+        """
+        if len(images) != len(segments):
+            raise ValueError(
+                f"encode_pairs needs one caption per image; received {len(segments)} captions for {len(images)} images."
+            )
+        image_segments = self.image_segments(images)
+        rows = torch.cat([self.embed_text(token_ids, segments), self.embed_images(images)])
+        (rows,) = self.encoder(rows, segments.lengths, image_segments.lengths, vl=(True,))
+        text, image = rows[: segments.rows], rows[segments.rows :]
+        pooled = torch.tanh(self.pooler(text[segments.first_rows()]))
+        return VlmoPairs(text, segments, image, image_segments, pooled)
+
+    def matching_logits(self, pooled: Tensor) -> Tensor:
+        """Pooled pairs -> ``[pairs, 2]``: no match, match."""
+        return self.matching_head(pooled)
+
+    def word_hidden(self, rows: Tensor) -> Tensor:
+        """Text rows -> what the word head multiplies."""
+        return self.word_norm(F.gelu(self.word_transform(rows)))
+
+    def image_segments(self, images: Tensor) -> Segments:
+        """One segment per image."""
+        return Segments([self.num_image_tokens] * len(images), images.device)
+
+    def _alone_text(self, token_ids: Tensor, segments: Segments, vl: Sequence[bool]) -> list[Tensor]:
+        return self.encoder(self.embed_text(token_ids, segments), segments.lengths, [0] * len(segments), vl=vl)
+
+    def _alone_image(self, images: Tensor, vl: Sequence[bool]) -> list[Tensor]:
+        lengths = [self.num_image_tokens] * len(images)
+        return self.encoder(self.embed_images(images), [0] * len(images), lengths, vl=vl)
+
+
+def _features(rows: Tensor, segments: Segments, projection: nn.Module) -> Tensor:
+    return F.normalize(projection(rows[segments.first_rows()]), dim=1)

@@ -1,0 +1,128 @@
+"""VLMo's vision-language pretraining step: image-text contrast, image-text matching and masked words (section 3.2 of the paper).
+
+The passes are those of the published code: images alone and captions alone, with their top layers a second time through the
+vision-language experts; pairs with words masked; pairs matched, with another image, and with another caption. Captions are packed: no
+padding exists anywhere. The text-only stage before it is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlp_fast import losses
+from vlp_fast.data.batches import Batch
+from vlp_fast.data.masking import mask_tokens
+from vlp_fast.models.vlmo import Vlmo, VlmoConfig
+from vlp_fast.ops import linear_cross_entropy
+from vlp_fast.passes import loss_scope
+from vlp_fast.training.objective import PretrainingObjective
+
+__all__ = ["VlmoInputs", "VlmoPretraining"]
+
+MASK_RATIO = 0.15  # section 3.2
+
+
+@dataclass(frozen=True, eq=False)
+class VlmoInputs:
+    """pairs: images and captions as they are. masked_ids: int64 ``[rows]``, the captions with some words hidden; masked_rows: int64,
+    the rows to be predicted."""
+
+    pairs: Batch
+    masked_ids: Tensor
+    masked_rows: Tensor
+
+    def to(self, device: torch.device | str) -> VlmoInputs:
+        """The inputs on `device`."""
+        return VlmoInputs(self.pairs.to(device), self.masked_ids.to(device), self.masked_rows.to(device))
+
+
+class VlmoPretraining(PretrainingObjective):
+    """Contrast of features from both kinds of top layers ("itc", "itc_vl"), matching with hard negatives ("itm"), masked words ("mlm").
+
+    In a process group every process contrasts its own pairs with those of all (the mean of the processes' gradients is that of the
+    whole batch; in the published code it is smaller by the number of processes) and draws negatives from its own, where the published
+    code draws from all and gathers their pixels.
+
+    Args:
+        config: of the model. mask_id, special_ids: of the tokenizer; special ids, [CLS], [SEP] and [PAD], are never hidden.
+        continuation_ids: ids of word pieces that continue a word ("##..."): a word is hidden whole. schedule: "published".
+
+    Example: ``losses = step(step.prepare(batch)); step.total(losses).backward()``
+    """
+
+    loss_weights: ClassVar[dict[str, float]] = {"mlm": 0.25, "itm": 1.0, "itc": 0.5, "itc_vl": 0.5}
+
+    def __init__(
+        self,
+        config: VlmoConfig,
+        *,
+        mask_id: int,
+        special_ids: Sequence[int],
+        continuation_ids: Sequence[int] = (),
+        schedule: str = "published",
+    ) -> None:
+        super().__init__(schedule)
+        self.model = Vlmo(config)
+        self.mask_id, self.special_ids, self.continuation_ids = mask_id, tuple(special_ids), tuple(continuation_ids)
+
+    def towers(self) -> dict[str, nn.Module]:
+        return {"encoder": self.model.encoder}
+
+    def prepare(self, batch: Batch, generator: torch.Generator | None = None) -> VlmoInputs:
+        """Hides 15 % of the words of each caption, at least one, with all their pieces; of the pieces 80 % become [MASK], 10 % another
+        word, 10 % stay."""
+        ids, special = batch.token_ids, self.special_ids
+        starts = ~torch.isin(ids, torch.tensor(self.continuation_ids, dtype=ids.dtype, device=ids.device))
+        starts[batch.segments().first_rows()] = True
+        words = [int(part.sum()) for part in starts.split(list(batch.text_lengths))]
+        drawn = mask_tokens(ids[starts], words, MASK_RATIO, self.mask_id, special, generator).masked_rows
+        rows = torch.isin(starts.cumsum(0) - 1, drawn).nonzero()[:, 0]
+        vocab_size = self.model.config.vocab_size
+        pieces = mask_tokens(ids[rows], [len(rows)], 1.0, self.mask_id, special, generator, vocab_size=vocab_size)
+        return VlmoInputs(batch, ids.index_copy(0, rows, pieces.input_ids), rows)
+
+    def forward(self, inputs: VlmoInputs, *, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """The four losses of one step.
+
+        Args:
+            inputs: of `prepare`: images and packed captions ([CLS] words [SEP]), caption i describes image i, at least 2 pairs.
+            negatives: (image for caption i, caption for image i), int64 ``[batch]`` each; default: drawn by similarity. The second is
+                read on the host, the one place where a step waits for the device: captions differ in length.
+
+        Returns: scalars "mlm", "itc", "itc_vl", "itm".
+        """
+        model, images, ids, captions = self.model, inputs.pairs.images, inputs.pairs.token_ids, inputs.pairs.segments()
+        with loss_scope("mlm"):
+            text = model.encode_pairs(images, inputs.masked_ids, captions).text
+            weight, bias, rows = model.word_head.weight, model.word_head.bias, inputs.masked_rows
+            hidden = model.word_hidden(text[rows])
+            mlm = linear_cross_entropy(hidden, weight, ids[rows], bias, backend=self.backend)
+
+        with loss_scope("itc"):
+            image, caption = model.contrast_image(images), model.contrast_text(ids, captions)
+            scale, vl_scale = model.log_scale.exp(), model.log_vl_scale.exp()
+            itc = losses.contrastive_loss(image.features, caption.features, scale, backend=self.backend)
+        with loss_scope("itc_vl"):
+            itc_vl = losses.contrastive_loss(image.vl_features, caption.vl_features, vl_scale, backend=self.backend)
+
+        with loss_scope("itm"):
+            if negatives is None:
+                one, other = image.features, caption.features
+                negatives = (
+                    losses.hard_negatives(other, one, scale, floor=0.0, backend=self.backend),
+                    losses.hard_negatives(one, other, scale, floor=0.0, backend=self.backend),
+                )
+            image_index, text_index = negatives
+            rows, other_captions = captions.take(text_index.tolist())  # lengths change here: the step's one host sync
+            pooled = [
+                model.encode_pairs(images, ids, captions).pooled,
+                model.encode_pairs(images[image_index], ids, captions).pooled,
+                model.encode_pairs(images, ids[rows], other_captions).pooled,
+            ]
+            itm = losses.matching_loss(model.matching_logits(torch.cat(pooled)), num_positive=len(images))
+        return {"mlm": mlm, "itc": itc, "itc_vl": itc_vl, "itm": itm}
