@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.modules import AttentionalPooler, Linear, PreNormBlock, VisionTransformer, init_transformer, unit_features
+from vlp_fast.ops import linear
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
-__all__ = ["COCA_PRESETS", "CocaConfig", "Coca", "CocaImage", "CocaText", "coca_preset"]
+__all__ = ["COCA_PRESETS", "CocaConfig", "Coca", "CocaImage", "CocaText", "CocaTowers", "coca_preset"]
 
 POOLERS = ("cascade", "parallel")
 
@@ -219,25 +220,23 @@ class CocaImageEncoder(nn.Module):
         return captioning, self.contrastive_norm(pooled)
 
 
-class Coca(nn.Module):
-    """CoCa's towers and heads. Captions enter as packed token ids (start, words, end; no padding) and `Segments`."""
+class CocaTowers(nn.Module):
+    """What the towers of every CoCa do together: features of images and captions, and the next word of each word.
 
-    def __init__(self, config: CocaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_encoder = CocaImageEncoder(config)
-        self.text_encoder = CocaTextEncoder(config)
-        self.text_decoder = CocaDecoder(config)
-        self.image_projection = Linear(config.dim, config.embed_dim, bias=False)
-        self.text_projection = Linear(config.dim, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale
-        for head in (self.image_projection, self.text_projection):
-            init_transformer(head)
+    Subclasses hold `image_encoder` (images -> caption tokens, pooled), `text_encoder` (captions -> words, CLS), `text_decoder` and both
+    projections.
+    """
+
+    image_encoder: Any
+    text_encoder: Any
+    text_decoder: Any
+    image_projection: Linear
+    text_projection: Linear
 
     def encode_image(self, images: Tensor) -> CocaImage:
         """Images ``[batch, 3, image_size, image_size]`` -> pooled caption tokens and contrastive features."""
         rows, pooled = self.image_encoder(images)
-        segments = Segments([self.config.caption_queries] * len(images), rows.device)
+        segments = Segments([rows.shape[0] // max(len(images), 1)] * len(images), rows.device)
         return CocaImage(rows, segments, unit_features(self.image_projection(pooled)))
 
     def encode_text(self, token_ids: Tensor, segments: Segments) -> CocaText:
@@ -251,7 +250,7 @@ class Coca(nn.Module):
         Args:
             index: which image each caption describes; default: caption i describes image i.
 
-        Returns: ``[rows - captions, dim]``, which `text_decoder.words` meets, and the rows of `text` they belong to, int64.
+        Returns: ``[rows - captions, dim]``, which ``text_decoder.words.weight`` meets, and the rows of `text` they belong to, int64.
         """
         kept = text.segments.rows_before_last(1)
         shorter = Segments([max(n - 1, 0) for n in text.segments.lengths], text.rows.device)
@@ -260,4 +259,20 @@ class Coca(nn.Module):
     def word_logits(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Next-word logits ``[rows - captions, vocab_size]`` of `word_hidden`'s rows, and those rows."""
         hidden, kept = self.word_hidden(text, image, index)
-        return self.text_decoder.words(hidden), kept
+        return linear(hidden, self.text_decoder.words.weight), kept
+
+
+class Coca(CocaTowers):
+    """CoCa's towers and heads. Captions enter as packed token ids (start, words, end; no padding) and `Segments`."""
+
+    def __init__(self, config: CocaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = CocaImageEncoder(config)
+        self.text_encoder = CocaTextEncoder(config)
+        self.text_decoder = CocaDecoder(config)
+        self.image_projection = Linear(config.dim, config.embed_dim, bias=False)
+        self.text_projection = Linear(config.dim, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale
+        for head in (self.image_projection, self.text_projection):
+            init_transformer(head)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.models.coca import CocaImage, CocaText
+from vlp_fast.models.coca import CocaTowers
 from vlp_fast.modules import (
     MLP,
     AttentionalPooler,
@@ -32,7 +32,6 @@ from vlp_fast.modules import (
     PatchEmbedding,
     PreNormBlock,
     init_transformer,
-    unit_features,
 )
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
@@ -282,7 +281,7 @@ class OpenClipCocaDecoder(nn.Module):
         return self.norm(rows)
 
 
-class OpenClipCoca(nn.Module):
+class OpenClipCoca(CocaTowers):
     """The towers and heads of open_clip's CoCa. Captions enter as packed token ids (start, words, end; no padding) and `Segments`."""
 
     def __init__(self, config: OpenClipCocaConfig) -> None:
@@ -296,31 +295,3 @@ class OpenClipCoca(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale
         for head in (self.image_projection, self.text_projection):
             init_transformer(head)
-
-    def encode_image(self, images: Tensor) -> CocaImage:
-        """Images ``[batch, 3, image_size, image_size]`` -> pooled caption tokens and contrastive features."""
-        rows, pooled = self.image_encoder(images)
-        segments = Segments([self.config.pooler_queries - 1] * len(images), rows.device)
-        return CocaImage(rows, segments, unit_features(self.image_projection(pooled)))
-
-    def encode_text(self, token_ids: Tensor, segments: Segments) -> CocaText:
-        """Captions -> unimodal states of their words and contrastive features from their class rows."""
-        rows, pooled = self.text_encoder(token_ids, segments)
-        return CocaText(rows, segments, unit_features(self.text_projection(pooled)))
-
-    def word_hidden(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The decoder over every word but each caption's last, which has no next.
-
-        Args:
-            index: which image each caption describes; default: caption i describes image i.
-
-        Returns: ``[rows - captions, dim]``, which `text_decoder.words` meets, and the rows of `text` they belong to, int64.
-        """
-        kept = text.segments.rows_before_last(1)
-        shorter = Segments([max(n - 1, 0) for n in text.segments.lengths], text.rows.device)
-        return self.text_decoder(text.rows[kept], shorter, image.rows, image.segments, index), kept
-
-    def word_logits(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-word logits ``[rows - captions, vocab_size]`` of `word_hidden`'s rows, and those rows."""
-        hidden, kept = self.word_hidden(text, image, index)
-        return self.text_decoder.words(hidden), kept

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.models.coca import CocaImage, CocaText
+from vlp_fast.models.coca import CocaImage, CocaText, CocaTowers
 from vlp_fast.modules import (
     Linear,
     MultiQueryPooler,
@@ -36,7 +36,6 @@ from vlp_fast.modules import (
     rotary_table,
     unit_features,
 )
-from vlp_fast.ops import linear
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
@@ -226,7 +225,7 @@ class CocaPalmDecoder(nn.Module):
         return self.norm(rows)
 
 
-class CocaPalm(nn.Module):
+class CocaPalm(CocaTowers):
     """CoCa on PaLM's blocks. Captions enter as packed token ids (start, words, end; no padding) and `Segments`.
 
     Args:
@@ -271,23 +270,6 @@ class CocaPalm(nn.Module):
         position = self.config.class_position if class_position is None else class_position
         rows, pooled = self.text_encoder(self.text_decoder.words(token_ids), segments, position)
         return CocaText(rows, segments, unit_features(self.text_projection(pooled)))
-
-    def word_hidden(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The decoder over every word but each caption's last, which has no next.
-
-        Args:
-            index: which image each caption describes; default: caption i describes image i.
-
-        Returns: ``[rows - captions, dim]``, which ``text_decoder.words.weight`` meets, and the rows of `text` they belong to, int64.
-        """
-        kept = text.segments.rows_before_last(1)
-        shorter = Segments([max(n - 1, 0) for n in text.segments.lengths], text.rows.device)
-        return self.text_decoder(text.rows[kept], shorter, image.rows, image.segments, index), kept
-
-    def word_logits(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-word logits ``[rows - captions, vocab_size]`` of `word_hidden`'s rows, and those rows."""
-        hidden, kept = self.word_hidden(text, image, index)
-        return linear(hidden, self.text_decoder.words.weight), kept
 
     def _image(self, rows: Tensor, pooled: Tensor) -> CocaImage:
         segments = Segments([self.config.caption_queries] * len(pooled), rows.device)
