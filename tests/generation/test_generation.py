@@ -7,7 +7,7 @@ import torch
 
 from vlp_fast.generation import Beit3Decoder, BlipDecoder, CocaDecoder, Texts, generate, rank_captions
 from vlp_fast.generation.cache import TextCache
-from vlp_fast.generation.rules import Rules, draw, kept_words
+from vlp_fast.generation.rules import Rules, draw, keep_probable
 from vlp_fast.models import Blip, Coca, beit3_preset, blip_preset, coca_preset
 from vlp_fast.models.beit3 import Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
@@ -159,6 +159,24 @@ def test_a_batch_writes_what_each_image_writes_alone(name, options):
         assert EOS not in text[:-1]
 
 
+@pytest.mark.parametrize("name", ["blip", "coca", "open_clip_coca", "beit3"])
+@torch.no_grad()
+def test_bfloat16_steps_stay_near_float32(name):
+    """As near as the model's own forward in bfloat16, which rounds as often."""
+    words = torch.randint(5, VOCAB, (4, 3), generator=torch.Generator().manual_seed(3))
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, images = _model(name, scale=1.5).to(dtype), _images(3, dtype)
+        writing = _decoder(model).start(images, Texts(*_pack([[START], [START, 9], [START]])), 1, 4)
+        steps = [writing.logits, *(writing.step(word) for word in words)]
+        assert all(step.dtype == dtype for step in steps)
+        logits[dtype] = torch.stack(steps).float()
+        texts = [[*prompt, *words[:, i].tolist()] for i, prompt in enumerate(([START], [START, 9], [START]))]
+        logits[dtype, "forward"] = _next_logits(model, images, texts).float()
+    bound = 2 * (logits[torch.bfloat16, "forward"] - logits[torch.float32, "forward"]).abs().max()
+    assert (logits[torch.bfloat16] - logits[torch.float32]).abs().max() <= bound
+
+
 def test_n_best_are_sorted_and_different():
     model = _model("blip")
     found = generate(model, _images(2), eos_id=EOS, num_beams=5, num_captions=4, max_length=9)
@@ -234,10 +252,10 @@ def _plain_kept(scores, top_k, top_p):
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.3), (None, 0.9), (3, None), (500, None), (7, 0.6), (None, 1.0)])
 def test_draws_follow_the_filtered_distribution(top_k, top_p):
     scores = torch.randn(3, 400, generator=torch.Generator().manual_seed(2)) * torch.tensor([0.2, 1.0, 3.0])[:, None]
-    values, ids = kept_words(scores, top_k, top_p)
+    kept = keep_probable(scores, top_k, top_p)
     for row in range(3):
         expected = _plain_kept(scores[row].tolist(), top_k, top_p)
-        found = dict(zip(ids[row].tolist(), torch.softmax(values[row].double(), 0).tolist(), strict=True))
+        found = dict(enumerate(torch.softmax(kept[row].double(), 0).tolist()))
         assert {i for i, p in found.items() if p > 0} == set(expected)
         assert all(found[i] == pytest.approx(p, rel=1e-5) for i, p in expected.items())
 
@@ -342,6 +360,37 @@ def test_generate_takes_any_decoder():
             Counting(), torch.zeros(2, 1), start_id=20, prompts=[[30], [40, 50]], eos_id=35, max_length=9, **options
         )
         assert found.lists() == [[20, 30, 31, 32, 33, 34, 35], [20, 40, 50, 51, 52, 53, 54, 55, 56]]
+
+
+def test_searches_stop_as_soon_as_they_may():
+    class Constant:
+        """The same favourites after every word, the end first."""
+
+        max_positions, vocab_size = 50, 8
+
+        def start(self, images, prompts, copies, steps):
+            self.logits = torch.tensor([0.4, 0.35, 0.25, *[1e-9] * 5]).log().repeat(len(images) * copies, 1)
+            self.steps = 0
+            return self
+
+        def step(self, token_ids):
+            self.steps += 1
+            return self.logits.clone()
+
+        def reorder(self, index):
+            pass
+
+    steps = {}
+    for name, options in {
+        "greedy": {},
+        "full": {"num_beams": 2, "early_stopping": True, "length_penalty": 5.0},
+        "open": {"num_beams": 2, "early_stopping": "never", "length_penalty": 5.0},
+    }.items():
+        decoder = Constant()
+        generate(decoder, torch.zeros(3, 1), start_id=7, eos_id=0, max_length=20, **options)
+        steps[name] = decoder.steps
+    # one word ends greedy search; two steps fill two beams; a long text could always be better where length is rewarded so
+    assert steps == {"greedy": 0, "full": 1, "open": 18}
 
 
 WRONG = [

@@ -7,12 +7,19 @@ are read by cross-attention (BLIP, CoCa) lie in buffers of their own. Neither is
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.segments import Segments, _to_device
 
-__all__ = ["TextCache"]
+__all__ = ["TextCache", "cached_dtype"]
+
+
+def cached_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype keys and values like x are kept: 16 bits on a CPU become 32, where PyTorch's attention of few rows in bf16 takes five
+    times as long as in fp32 (2.0 ms against 0.4 for 8 images of base size)."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 class TextCache:
@@ -61,10 +68,12 @@ class TextCache:
     def start(self, layer: int, kv: Tensor, shared: Tensor | None = None) -> None:
         """Keys and values ``[rows, 2, dim]`` of the packed prompts, and those of the images' shared rows."""
         if self._buffer is None:
-            self._buffer = kv.new_empty(self.depth, self.shared_rows + self.rows * self.capacity, *kv.shape[1:])
+            self._buffer = kv.new_empty(
+                self.depth, self.shared_rows + self.rows * self.capacity, *kv.shape[1:], dtype=cached_dtype(kv)
+            )
         if shared is not None:
             self._buffer[layer, : self.shared_rows] = shared
-        self._buffer[layer].index_copy_(0, self._prompt_to, kv[self._prompt_from])
+        self._buffer[layer].index_copy_(0, self._prompt_to, kv[self._prompt_from].to(self._buffer.dtype))
 
     def advance(self) -> None:
         """Every text has one row more; `write` says what it holds."""
@@ -75,7 +84,7 @@ class TextCache:
 
     def write(self, layer: int, kv: Tensor, draft: int = 0) -> None:
         """Keys and values ``[texts, 2, dim]`` of the newest row of each text, or of a draft behind it."""
-        self._filled[layer].index_copy_(0, self._next + (draft - 1), kv)
+        self._filled[layer].index_copy_(0, self._next + (draft - 1), kv.to(self._filled.dtype))
 
     def read(self, layer: int, num_heads: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, ``[buffer_rows, num_heads, head_dim]`` each."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.decode_plan import DecodePlan
-from vlp_fast.generation.cache import TextCache
+from vlp_fast.generation.cache import TextCache, cached_dtype
 from vlp_fast.models.beit3 import Beit3Layer, Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
 from vlp_fast.models.blip import Blip, BlipCaptioner
@@ -82,7 +82,7 @@ class CrossAttendingWriting:
         cache: TextCache,
     ) -> None:
         backend, segments = decoder.model.config.backend, prompts.segments
-        self._rows, self._logits, self._contexts, self._cache = rows, logits, contexts, cache
+        self._rows, self._logits, self._cache = rows, logits, cache
         self._backend = _own_backend(backend)
         self._plan = DecodePlan.cross(image_segments.lengths, cache.copies, image_segments.device)
         own = AttentionPlan.self_attention(segments, causal=True)
@@ -98,6 +98,7 @@ class CrossAttendingWriting:
 
         hidden = rows(prompts.token_ids, segments.positions(), attend, attend_image)[segments.last_rows()]
         self.logits = logits(hidden).repeat_interleave(cache.copies, 0)
+        self._contexts = {i: (k.to(cached_dtype(k)), v.to(cached_dtype(v))) for i, (k, v) in contexts.items()}
         self._positions = _Positions(segments, cache.copies, decoder.max_positions)
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -295,9 +296,9 @@ def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _decode(q: Tensor, kv: tuple[Tensor, Tensor], plan: DecodePlan, backend: str | None) -> Tensor:
-    out = decode_attention(q, *kv, plan, backend=backend)
+    out = decode_attention(q.to(kv[0].dtype), *kv, plan, backend=backend)
     assert isinstance(out, Tensor)
-    return out
+    return out.to(q.dtype)
 
 
 def _own_backend(backend: str | None) -> str | None:

@@ -93,7 +93,8 @@ def generate(
         ValueError: an option that breaks a rule above, or does not go with the others.
         TypeError: a model that cannot write.
 
-    Waiting: once a step, to know whether to stop; on a CPU also to see how many words `top_p` needs.
+    Memory: keys and values of every image once, and of every text; on a CPU those of 16-bit models are kept in fp32, which is faster there.
+    Waiting for the device: once a step, to know whether to stop.
     """
     decoder, first = decoder_of(model, start_id, mask_id)
     sampling = temperature != 1.0 or top_k is not None or top_p is not None or generator is not None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rules", "draw", "kept_words"]
-
-CANDIDATES = 256  # words sorted at first for top_p on a CPU; all are sorted where these do not hold enough probability
+__all__ = ["Rules", "draw", "keep_probable"]
 
 
 class Rules:
@@ -39,32 +38,35 @@ class Rules:
         return scores
 
 
-def kept_words(scores: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """The words that sampling may take: (their scores, the others' -inf, best first; their ids), both ``[texts, candidates]``.
+def keep_probable(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Scores ``[texts, vocab_size]`` with -inf for words that sampling must not take.
 
-    top_k: the k best. top_p: of these the best whose probabilities first sum to `top_p` or more; the best word always stays.
+    top_k: the k best stay. top_p: of these the best whose probabilities first sum to `top_p` or more; the best word always stays. Words
+    that score the same as the last that stays, stay.
     """
-    vocab = scores.shape[1]
-    if top_p is None:
-        return torch.topk(scores, min(top_k or vocab, vocab))
-    count = min(top_k, vocab) if top_k else CANDIDATES if scores.device.type == "cpu" else vocab
-    best, ids = torch.topk(scores, min(count, vocab))
-    total = torch.logsumexp(best if top_k else scores, -1, keepdim=True)
-    probability = torch.exp(best - total)
-    before = probability.cumsum(-1) - probability
-    # reading the sums waits for nothing on a CPU, and elsewhere all words are sorted at once
-    if not top_k and count < vocab and bool((before[:, -1] + probability[:, -1] < top_p).any()):
-        best, ids = torch.sort(scores, -1, descending=True)
-        probability = torch.exp(best - total)
-        before = probability.cumsum(-1) - probability
-    drop = before >= top_p
-    drop[:, 0] = False
-    return best.masked_fill(drop, -float("inf")), ids
+    best, least = None, scores.new_full((len(scores), 1), -float("inf"))
+    if top_k is not None:
+        best = torch.topk(scores, min(top_k, scores.shape[1])).values
+        least = best[:, -1:]
+    if top_p is not None and top_p < 1.0:
+        best = _descending(scores) if best is None else best
+        probability = torch.softmax(best.double(), -1)
+        # a word stays while those before it hold less than top_p
+        stay = (probability.cumsum(-1) - probability < top_p).sum(-1, keepdim=True)
+        least = best.gather(1, stay - 1)
+    return scores.masked_fill(scores < least, -float("inf"))
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Sorted values alone: NumPy has a vectorised sort for them, thirty times as fast on a CPU as PyTorch's, which sorts indices too."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.sort(scores.numpy(), -1)).flip(-1)
+    return torch.sort(scores, -1, descending=True).values
 
 
 def draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One column per row, int64 ``[texts]``, by the softmax of the scores: one random number per row, whatever the columns."""
+    """One word per row, int64 ``[texts]``, by the softmax of the scores: one random number per row."""
     mass = torch.softmax(scores.double(), -1).cumsum(-1)
     point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator) * mass[:, -1:]
-    # the first column whose mass exceeds the point, never one without probability
+    # the first word whose mass exceeds the point, never one without probability
     return torch.searchsorted(mass, torch.minimum(point, mass[:, -1:] * (1 - 1e-15)), right=True)[:, 0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlp_fast.generation.decoders import Writing
-from vlp_fast.generation.rules import Rules, draw, kept_words
+from vlp_fast.generation.rules import Rules, draw, keep_probable
 
 __all__ = ["BeamSettings", "Found", "SampleSettings", "search_beams", "search_words"]
 
@@ -60,16 +60,13 @@ def search_words(writing: Writing, rules: Rules, eos_id: int, limits: Sequence[i
         scores = rules(_own_float(logits), words[:, :step])
         if sampling is None:
             word = scores.argmax(-1, keepdim=True)
-            score = scores.gather(1, word) - scores.logsumexp(-1, keepdim=True)
         else:
             if sampling.temperature != 1.0:
                 scores /= sampling.temperature
-            ids = None
             if sampling.top_k is not None or sampling.top_p is not None:
-                scores, ids = kept_words(scores, sampling.top_k, sampling.top_p)
-            column = draw(scores, sampling.generator)[:, None]
-            score = scores.gather(1, column) - scores.logsumexp(-1, keepdim=True)
-            word = column if ids is None else ids.gather(1, column)
+                scores = keep_probable(scores, sampling.top_k, sampling.top_p)
+            word = draw(scores, sampling.generator)[:, None]
+        score = scores.gather(1, word) - scores.logsumexp(-1, keepdim=True)
         words[:, step] = torch.where(going, word[:, 0], eos_id)
         total += torch.where(going, score[:, 0], 0.0)
         lengths += going
