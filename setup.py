@@ -41,6 +41,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "vlp_fast",
+        "vlp_fast.capfilt",
         "vlp_fast.cli",
         "vlp_fast.data",
         "vlp_fast.generation",

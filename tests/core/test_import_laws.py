@@ -37,12 +37,14 @@ ROOMS = {
     "data": {"segments"},
     "training": UP_TO_TRAINING - {"training"},
     "environment": {"_version", "ops"},
+    "capfilt": UP_TO_MODULES | {"models", "generation", "data", "environment"},
     "evidence": set(),
     "measuring": set(),
     "profiling": UP_TO_TRAINING | {"environment", "measuring"},
     "profile_page": {"profiling"},
     "bench": UP_TO_TRAINING | {"environment", "measuring", "reference", "testing"},
-    "cli": UP_TO_TRAINING | {"_version", "environment", "measuring", "profiling", "profile_page", "bench", "evidence"},
+    "cli": UP_TO_TRAINING
+    | {"_version", "environment", "measuring", "profiling", "profile_page", "bench", "evidence", "capfilt"},
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},

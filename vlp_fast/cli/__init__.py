@@ -1,4 +1,4 @@
-"""The command ``vlp-fast``: info, bench, profile, evidence, convert."""
+"""The command ``vlp-fast``: info, bench, profile, evidence, convert, capfilt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from vlp_fast._version import __version__
 from vlp_fast.cli.bench import bench
+from vlp_fast.cli.capfilt import capfilt
 from vlp_fast.cli.convert import convert
 from vlp_fast.cli.evidence import evidence
 from vlp_fast.cli.info import info
@@ -43,3 +44,4 @@ app.command()(bench)
 app.command()(profile)
 app.command()(evidence)
 app.command()(convert)
+app.command()(capfilt)

@@ -13,7 +13,7 @@ import shutil
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
@@ -74,11 +74,8 @@ class Output(ABC):
         self.path, self.folder, self.provenance = path, folder, provenance
 
     @abstractmethod
-    def _writer(self, file: BinaryIO) -> Callable[[KeptCaption], None]:
-        """What appends a caption to an open chunk. Called once per chunk."""
-
-    def _end(self, file: BinaryIO) -> None:
-        """Writes what a chunk ends with."""
+    def _writing(self, file: BinaryIO) -> AbstractContextManager[Callable[[KeptCaption], None]]:
+        """What appends a caption to an open chunk."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,15 +98,15 @@ class Output(ABC):
         finally:
             os.close(handle)
 
-    def begin(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Enters a run into the provenance; returns the report where all was done before, and then enters nothing.
+    def done(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The report where all was done before, else None.
 
         Raises: ResumeError: what is there was begun with other settings.
         """
         settings = json.loads(json.dumps(settings))
         provenance = self._read_provenance()
         if provenance is None:
-            provenance = {"schema": SCHEMA, "settings": settings, "runs": [], "report": None}
+            return None
         begun = provenance["settings"]
         different = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
         if different:
@@ -118,25 +115,32 @@ class Output(ABC):
                 f"{self.path} was begun with other settings: {changes}. Give those it was begun with, or another place to write to."
             )
         if provenance["report"] is not None:
+            if not self._is_whole(provenance["report"]):
+                raise ResumeError(
+                    f"{self.provenance} says that all was done, but what was written is not all there; remove the rest, or name "
+                    "another place to write to."
+                )
             self._clear()
-            return provenance["report"]
+        return provenance["report"]
+
+    def enter(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        """Enters a run into the provenance, before it writes anything."""
+        provenance = self._read_provenance() or {"schema": SCHEMA, "settings": settings, "runs": [], "report": None}
         provenance["runs"].append({**run, "chunks_before": len(self.records())})
         _write(self.provenance, provenance)
-        return None
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the chunks that are done: all from the first to the one before the first that is not."""
         found: list[dict[str, Any]] = []
-        while (path := self._path(len(found), ".json")).is_file():
+        while self._path(len(found), self.suffix).is_file() and (path := self._path(len(found), ".json")).is_file():
             found.append(json.loads(path.read_text(encoding="utf-8")))
         return found
 
     @contextmanager
     def chunk(self, index: int, record: Mapping[str, Any]) -> Iterator[Callable[[KeptCaption], None]]:
         """Gives what appends captions to chunk `index`; the chunk, and `record` as it then is, come into being when the block ends."""
-        with _whole(self._path(index, self.suffix)) as file:
-            yield self._writer(file)
-            self._end(file)
+        with _whole(self._path(index, self.suffix)) as file, self._writing(file) as add:
+            yield add
         _write(self._path(index, ".json"), record)
 
     def finish(self, report: Mapping[str, Any]) -> None:
@@ -147,11 +151,15 @@ class Output(ABC):
         _write(self.provenance, {**provenance, "report": report})
         self._clear()
 
-    def _join(self) -> None:
+    def _join(self) -> None:  # noqa: B027
         """Makes one file of all chunks, where the output is one."""
 
-    def _clear(self) -> None:
+    def _clear(self) -> None:  # noqa: B027
         """Removes what only an unfinished output needs."""
+
+    @abstractmethod
+    def _is_whole(self, report: Mapping[str, Any]) -> bool:
+        """Whether what a complete run wrote is still there."""
 
     @abstractmethod
     def _check_place(self) -> None:
@@ -180,23 +188,23 @@ class ShardFolder(Output):
     def __init__(self, path: Path) -> None:
         super().__init__(path, path, path / "capfilt.json")
 
-    def _writer(self, file: BinaryIO) -> Callable[[KeptCaption], None]:
-        tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._tar = tar
+    @contextmanager
+    def _writing(self, file: BinaryIO) -> Iterator[Callable[[KeptCaption], None]]:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
 
-        def add(kept: KeptCaption) -> None:
-            assert isinstance(kept.image, bytes)
-            key = f"{kept.position:09d}-{kept.number}"
-            for suffix, data in ((_image_suffix(kept.image), kept.image), ("json", json.dumps(kept.fields()).encode())):
-                # a member's time, owner and mode are TarInfo's constants: the same captions make the same bytes
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            def add(kept: KeptCaption) -> None:
+                assert isinstance(kept.image, bytes)
+                key = f"{kept.position:09d}-{kept.number}"
+                for suffix, data in ((_image_suffix(kept.image), kept.image), ("json", json.dumps(kept.fields()).encode())):
+                    # a member's time, owner and mode are TarInfo's constants: the same captions make the same bytes
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
 
-        return add
+            yield add
 
-    def _end(self, file: BinaryIO) -> None:
-        self._tar.close()
+    def _is_whole(self, report: Mapping[str, Any]) -> bool:
+        return len(self.records()) >= report["chunks"]
 
     def _check_place(self) -> None:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.provenance.is_file():
@@ -214,11 +222,15 @@ class JsonLines(Output):
     def __init__(self, path: Path) -> None:
         super().__init__(path, path.with_name(f"{path.name}.parts"), path.with_suffix(".capfilt.json"))
 
-    def _writer(self, file: BinaryIO) -> Callable[[KeptCaption], None]:
+    @contextmanager
+    def _writing(self, file: BinaryIO) -> Iterator[Callable[[KeptCaption], None]]:
         def add(kept: KeptCaption) -> None:
             file.write(json.dumps({"image": kept.image, **kept.fields()}).encode() + b"\n")
 
-        return add
+        yield add
+
+    def _is_whole(self, report: Mapping[str, Any]) -> bool:
+        return self.path.is_file()
 
     def _join(self) -> None:
         with _whole(self.path) as whole:
