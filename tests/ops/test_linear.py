@@ -66,3 +66,15 @@ def test_linear_compiles_whole_and_is_counted(library):
     with FlopCounterMode(display=False) as counter:
         linear(x, weight).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 6 * 8 * 5
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear(x, weight)
+    assert counter.get_total_flops() == 2 * 6 * 8 * 5
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_without_a_gradient_is_the_same(has_bias, library):
+    x, weight, bias = torch.randn(2, 3, 9), torch.randn(7, 9, requires_grad=True), torch.randn(7) if has_bias else None
+    with torch.no_grad():
+        alone = linear(x, weight, bias)
+    torch.testing.assert_close(alone, linear(x, weight, bias).detach(), rtol=1e-6, atol=1e-6)
+    assert not alone.requires_grad

@@ -8,7 +8,7 @@ from vlp_fast.ops._backends import (
     choose_backend,
     default_backend,
 )
-from vlp_fast.ops._flops import register_cpu_attention_flops
+from vlp_fast.ops._flops import register_cpu_flops
 from vlp_fast.ops._products import fp32_products
 from vlp_fast.ops.attention import attention
 from vlp_fast.ops.attention_pool import attention_pool
@@ -23,7 +23,7 @@ from vlp_fast.ops.linear import linear
 from vlp_fast.ops.linear_cross_entropy import linear_cross_entropy
 from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
 
-register_cpu_attention_flops()
+register_cpu_flops()
 
 __all__ = [
     "BACKENDS",
