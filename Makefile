@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 EXTRAS := data,demo,report,test,test-peers
 # what tests/peers compares with and whose requirements pin versions years old: installed without them
-PEERS := coca-pytorch==0.1.0 fairscale==0.4.0 torchscale==0.3.0
+PEERS := coca-pytorch==0.1.0 fairscale==0.4.0 torchscale==0.3.0 vit-pytorch==1.26.11
 
 BIN := $(VENV)/bin
 # the oldest Triton that setup.py admits, in a folder of its own beside the newest
