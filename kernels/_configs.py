@@ -48,31 +48,31 @@ class AttentionRow:
 ATTENTION_ROWS = (
     # 152 / 154 / 156 / 246, 24 KB. Captions: a 64-row tile would be half empty.
     AttentionRow("forward", 2, 64, 32, AttentionConfig(32, 64, 4, 2)),
-    # 221 / 158 / 206 / 170, 40 KB.
+    # 223 / 160 / 222 / 170, 40 KB.
     AttentionRow("forward", 2, 64, 512, AttentionConfig(64, 64, 4, 2)),
-    # 204 / 170 / 194 / 171, 64 KB. 64 rows more per key tile read.
+    # 207 / 172 / 194 / 171, 64 KB. 64 rows more per key tile read.
     AttentionRow("forward", 2, 64, ANY_LENGTH, AttentionConfig(128, 64, 8, 3)),
     # 168 / 168 / 168 / 188, 26 KB.
     AttentionRow("forward", 2, 128, 32, AttentionConfig(32, 32, 4, 2)),
-    # 238 / 177 / 224 / 194, 48 KB.
+    # 238 / 176 / 226 / 194, 48 KB.
     AttentionRow("forward", 2, 128, ANY_LENGTH, AttentionConfig(64, 32, 4, 2)),
-    # 189 / 192 / 196 / 200, 18 KB.
+    # 189 / 196 / 196 / 198, 18 KB.
     AttentionRow("backward_query", 2, 64, 32, AttentionConfig(32, 32, 2, 2)),
-    # 248 / 224 / 223 / 282, 64 KB. 64x64 spills on sm_80.
+    # 248 / 223 / 223 / 280, 64 KB. 64x64 spills on sm_80.
     AttentionRow("backward_query", 2, 128, ANY_LENGTH, AttentionConfig(64, 32, 4, 2)),
-    # 223 / 157 / 128 / 150, 24 KB. Pooling and decoding: few queries.
+    # 222 / 157 / 128 / 146, 24 KB. Pooling and decoding: few queries.
     AttentionRow("backward_key", 2, 64, 16, AttentionConfig(16, 64, 4, 2)),
-    # - / 207 / 168 / 291, 32 KB. On sm_80 64x64 spills, and with Triton 3.6.0 this too.
+    # - / 205 / 158 / 289, 32 KB. On sm_80 64x64 spills, and with Triton 3.6.0 this too.
     AttentionRow("backward_key", 2, 64, ANY_LENGTH, AttentionConfig(32, 64, 4, 2), before_sm90=False),
-    # As for few queries: 223 on sm_80, with Triton 3.6.0 233.
+    # As for few queries: 222 on sm_80, with Triton 3.6.0 233.
     AttentionRow("backward_key", 2, 64, ANY_LENGTH, AttentionConfig(16, 64, 4, 2)),
-    # 167 / 169 / 179 / 218, 52 KB. 32x64 spills on gfx942, 4 warps on sm_100.
+    # 167 / 169 / 179 / 214, 52 KB. 32x64 spills on gfx942, 4 warps on sm_100.
     AttentionRow("backward_key", 2, 128, ANY_LENGTH, AttentionConfig(16, 64, 8, 2)),
     # 222 / 224 / 222 / 200, 26 KB. 32x32 spills everywhere but on gfx942.
     AttentionRow("forward", 4, 128, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
-    # 203 / 197 / 197 / 204, 24 KB.
+    # 203 / 197 / 195 / 202, 24 KB.
     AttentionRow("backward_query", 4, 64, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
-    # 202 / 174 / 170 / 194, 32 KB. 16x32 spills on NVIDIA.
+    # 202 / 170 / 170 / 192, 32 KB. 16x32 spills on NVIDIA.
     AttentionRow("backward_query", 4, 128, ANY_LENGTH, AttentionConfig(16, 16, 8, 1)),
     # 168 / 158 / 152 / 257, 50 KB.
     AttentionRow("backward_key", 4, 128, ANY_LENGTH, AttentionConfig(16, 32, 4, 1)),
@@ -364,7 +364,7 @@ DRAW_COLUMNS = 32  # columns at a time of a row against one tile of keys
 # (kernel, bytes per element). The figures: registers per thread on sm_80 / sm_90 / sm_100 / gfx942 at the most a launch can ask, and
 # shared memory on sm_90 / gfx942, Triton 3.9.0.
 SIMILARITY_CONFIGS = {
-    # 181 / 189 / 254 / 122, 96 / 64 KB.
+    # 181 / 187 / 255 / 122, 96 / 64 KB.
     ("lse", 2): LinearConfig(128, 128, 64, 8, 3),
     # 114 / 104 / 80 / 60, 8 / 8 KB.
     ("lse", 4): LinearConfig(64, 64, 16, 8, 2),
@@ -386,7 +386,7 @@ def similarity_config(kind: Literal["lse", "gradient"], itemsize: int) -> Linear
     return SIMILARITY_CONFIGS[kind, itemsize]
 
 
-# keys up to: configuration of the rows of a loss with soft targets. 104 / 104 / 102 / 65 registers; 8192 columns spill.
+# keys up to: configuration of the rows of a loss with soft targets. 106 / 106 / 101 / 62 registers; 8192 columns spill.
 DISTILLED_CONFIGS = {1024: CrossEntropyConfig(1024, 4), ANY_LENGTH: CrossEntropyConfig(4096, 16)}
 
 

@@ -42,16 +42,17 @@ def _attend(
     scale_log2, dropout_threshold,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, HAS_DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A running softmax over the key tiles up to `end`, masked from `full_end` on. Its state: acc, row_max in units of log2, row_sum."""
+    """A running softmax over the key tiles up to `end`, masked from `full_end` on. Its state: acc, row_max of the scores as
+    they are, row_sum. The difference comes before scale and change of base: large scores would lose digits in the product."""
     for first_column in tl.range(0, end, BLOCK_N):
         columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         k_tile = _load_tile(k_base, first_column, key_length, row_stride, BLOCK_N, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if first_column >= full_end:
             scores = tl.where(columns[None, :] < row_end[:, None], scores, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [BLOCK_M]
-        weights = tl.exp2(scores * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-        rescale = tl.exp2(row_max - new_max)  # [BLOCK_M]
+        new_max = tl.maximum(row_max, tl.max(scores, 1))  # [BLOCK_M]
+        weights = tl.exp2((scores - new_max[:, None]) * scale_log2)  # [BLOCK_M, BLOCK_N]
+        rescale = tl.exp2((row_max - new_max) * scale_log2)  # [BLOCK_M]
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
         if HAS_DROPOUT:
@@ -115,7 +116,7 @@ def _attention_forward_kernel(
     row_sum = tl.where(no_key, 1.0, row_sum)
     out_base = out + (query_first * num_heads + head) * HEAD_DIM
     _store_tile(out_base, acc / row_sum[:, None], first_row, query_length, num_heads * HEAD_DIM, BLOCK_M, HEAD_DIM)
-    row_lse = tl.where(no_key, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    row_lse = tl.where(no_key, -float("inf"), row_max * softmax_scale + tl.log2(row_sum) * LN_2)
     tl.store(lse + head.to(tl.int64) * rows_q + query_first + rows, row_lse, mask=rows < query_length)
 
 

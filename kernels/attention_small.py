@@ -69,12 +69,12 @@ def _attention_small_forward_kernel(
     v_tile = _load_tile(v + key_offset, 0, key_length, k_row_stride, BLOCK, HEAD_DIM)  # [BLOCK, BLOCK_D]
     causal = tl.load(edge_causal + segment)
     scores = _small_scores(
-        q_tile, k_tile, rows, query_length, key_length, causal, softmax_scale * LOG2_E, HAS_CAUSAL, INPUT_PRECISION
+        q_tile, k_tile, rows, query_length, key_length, causal, softmax_scale, HAS_CAUSAL, INPUT_PRECISION
     )  # [BLOCK, BLOCK]
     row_max = tl.max(scores, 1)  # [BLOCK]
     no_key = row_max == -float("inf")
     row_max = tl.where(no_key, 0.0, row_max)
-    weights = tl.exp2(scores - row_max[:, None])
+    weights = tl.exp2((scores - row_max[:, None]) * LOG2_E)
     row_sum = tl.where(no_key, 1.0, tl.sum(weights, 1))
     if HAS_DROPOUT:
         query_hash = _query_hash(seed, head, query_first + rows)
@@ -82,7 +82,7 @@ def _attention_small_forward_kernel(
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=INPUT_PRECISION)  # [BLOCK, BLOCK_D]
     out_base = out + (query_first * num_heads + head) * HEAD_DIM
     _store_tile(out_base, acc / row_sum[:, None], 0, query_length, num_heads * HEAD_DIM, BLOCK, HEAD_DIM)
-    row_lse = tl.where(no_key, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    row_lse = tl.where(no_key, -float("inf"), row_max + tl.log2(row_sum) * LN_2)
     tl.store(lse + head.to(tl.int64) * rows_q + query_first + rows, row_lse, mask=rows < query_length)
 
 

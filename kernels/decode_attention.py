@@ -84,7 +84,7 @@ def _decode_attention_kernel(
     place = split.to(tl.int64) * rows_q + first
     pointers, inside = _row_pointers(out, place, members, heads * HEAD_DIM, HEAD_DIM, head, group, HEAD_DIM)
     tl.store(pointers, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=present[:, None] & inside)
-    row_lse = tl.where(no_key, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    row_lse = tl.where(no_key, -float("inf"), row_max * softmax_scale + tl.log2(row_sum) * LN_2)
     tl.store(lse + (place + members // group) * heads + head * group + members % group, row_lse, mask=present)
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from vlp_fast.capfilt import CapFilt, CapFiltSettings, ResumeError, run_capfilt
 from vlp_fast.capfilt.output import Output, open_output
 from vlp_fast.cli._output import fail, output_console
-from vlp_fast.cli.convert import _fields_of
+from vlp_fast.cli.convert import config_fields
 from vlp_fast.data import WordPieceTokenizer, open_pairs
 from vlp_fast.models.checkpoints.registry import OWN, load_model
 
@@ -154,7 +154,9 @@ class _Weights(NamedTuple):
     config: Path | None
 
     def load(self) -> torch.nn.Module:
-        return load_model(self.path, self.format, **(_fields_of(self.config, self.format) if self.config is not None else {}))
+        return load_model(
+            self.path, self.format, **(config_fields(self.config, self.format) if self.config is not None else {})
+        )
 
 
 def _run(

@@ -11,7 +11,7 @@ import typer
 from vlp_fast.cli._output import fail
 from vlp_fast.models.checkpoints.registry import FORMATS, OWN, load_model, save_model
 
-__all__ = ["convert"]
+__all__ = ["config_fields", "convert"]
 
 NAMES = ", ".join((OWN, *FORMATS))
 
@@ -35,7 +35,7 @@ def convert(
     if target.exists() and not force:
         fail("convert", f"{target} exists; --force writes over it.", code=2)
     try:
-        fields = {**(_fields_of(config, source_format) if config is not None else {}), **dict(map(_field, changes or []))}
+        fields = {**(config_fields(config, source_format) if config is not None else {}), **dict(map(_field, changes or []))}
         model = load_model(source, source_format, **fields)
         save_model(model, target, target_format)
     except (ValueError, OSError) as error:
@@ -44,7 +44,7 @@ def convert(
     typer.echo(f"{type(model).__name__}, {parameters:,} parameters: {source} ({source_format}) -> {target} ({target_format})")
 
 
-def _fields_of(config: Path, source_format: str) -> dict[str, Any]:
+def config_fields(config: Path, source_format: str) -> dict[str, Any]:
     """Fields of our config from the config.json of a code base that has one."""
     if source_format != "hf-blip":
         raise ValueError(
