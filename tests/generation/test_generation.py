@@ -13,6 +13,7 @@ from vlp_fast.models.beit3 import Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
 from vlp_fast.models.blip import BlipCaptioner, BlipRetriever
 from vlp_fast.models.coca_open_clip import OpenClipCoca, open_clip_coca_preset
+from vlp_fast.ops import packed_weights
 from vlp_fast.segments import Segments
 
 START, EOS, MASK, VOCAB = 1, 2, 3, 97
@@ -133,12 +134,25 @@ def test_beams_share_their_image(name, monkeypatch):
             writing = _decoder(model).start(images, prompts, copies, 5)
             cache, contexts = writing._cache, getattr(writing, "_contexts", {})
             held[copies] = cache.shared_rows + sum(len(k) for k, _ in contexts.values())
-            assert cache._buffer.shape[1] == cache.shared_rows + 2 * copies * cache.capacity
-            assert cache._buffer.untyped_storage().nbytes() == cache._buffer.numel() * 4
+            for buffer in cache._buffers.values():
+                assert buffer.shape[2] == cache.shared_rows + 2 * copies * cache.capacity
+                assert buffer.untyped_storage().nbytes() == buffer.numel() * 4
             for k, v in contexts.values():
-                assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
-                assert k.untyped_storage().nbytes() == (k.numel() + v.numel()) * 4
+                for x in (k, v):
+                    assert x.untyped_storage().nbytes() == x.numel() * 4
+                    assert x.stride(0) == x.shape[2], "the rows of a head follow one another"
     assert held[1] == held[10] > 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_weights_write_the_same(name):
+    model, images = _model(name), _images(3)
+    expected = generate(model, images, **_ids(model), num_beams=3, max_length=9)
+    with packed_weights(model):
+        found = generate(model, images, **_ids(model), num_beams=3, max_length=9)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.scores, expected.scores)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -280,17 +294,17 @@ def test_rules_penalise_words_of_prompt_and_text_and_hold_back_the_end():
 
 def test_reordering_moves_texts_and_leaves_shared_rows():
     prompts = Segments([1, 2])
-    cache = TextCache(2, prompts, 3, 2, shared=4)
+    cache = TextCache(prompts, 3, 2, shared=4)
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
-        cache.start(layer, torch.randn(3, 2, 8, generator=generator), torch.randn(8, 2, 8, generator=generator))
+        cache.start(layer, torch.randn(3, 2, 2, 4, generator=generator), torch.randn(8, 2, 2, 4, generator=generator))
     cache.advance()
     for layer in range(2):
-        cache.write(layer, torch.randn(6, 2, 8, generator=generator))
+        cache.write(layer, torch.randn(6, 2, 2, 4, generator=generator))
 
     def texts():
         return [
-            [cache._buffer[layer, s : s + n].clone() for s, n in zip(plan.host_starts, plan.host_lengths, strict=True)]
+            [cache._buffers[layer][:, :, s : s + n].clone() for s, n in zip(plan.host_starts, plan.host_lengths, strict=True)]
             for layer in range(2)
             for plan in cache.plans
         ]

@@ -1,4 +1,6 @@
-"""Keys and values of the texts being written: one buffer for all layers, written in place, read through a `DecodePlan`.
+"""Keys and values of the texts being written: one buffer a layer, written in place, read through a `DecodePlan`.
+
+The rows of a head follow one another, so that a step's scores are plain products of matrices, as long as they are.
 
 A text is a slot of fixed capacity. Image rows that share a softmax with the text (BEiT-3) lie once in front of the slots; images that
 are read by cross-attention (BLIP, CoCa) lie in buffers of their own. Neither is repeated for the beams of an image.
@@ -26,7 +28,7 @@ class TextCache:
     """The self-attention cache of ``images * copies`` texts, text ``i * copies + j`` being the j-th of image i.
 
     Args:
-        depth: layers, of one width. prompts: the rows with which each image's texts begin. copies: texts of an image. steps: rows that
+        prompts: the rows with which each image's texts begin. copies: texts of an image. steps: rows that
             each text may grow by. shared: image rows in front of the slots, so many of each image. drafts: rows behind a text that the
             next step writes over.
 
@@ -34,8 +36,8 @@ class TextCache:
         plans: ``plans[d]`` reads each text with its first d drafts (and its image's shared rows), as long as it is now.
     """
 
-    def __init__(self, depth: int, prompts: Segments, copies: int, steps: int, *, shared: int = 0, drafts: int = 0) -> None:
-        self.depth, self.prompts, self.copies, self.device = depth, prompts, copies, prompts.device
+    def __init__(self, prompts: Segments, copies: int, steps: int, *, shared: int = 0, drafts: int = 0) -> None:
+        self.prompts, self.copies, self.device = prompts, copies, prompts.device
         images, self.rows = len(prompts), len(prompts) * copies
         self.capacity = prompts.max_length + steps + drafts
         self.shared_rows = images * shared
@@ -54,9 +56,10 @@ class TextCache:
             for d in range(drafts + 1)
         ]
         self._next = _to_device(starts + lengths, self.device)  # the row of the buffer that each text writes next
-        self._common, self._end = min(prompts.lengths) if images else 0, prompts.max_length
+        self._common, self._longest = min(prompts.lengths) if images else 0, prompts.max_length
+        self._end = self._longest
         self._prompt_from, self._prompt_to = self._places_of_prompts(starts)
-        self._buffer: Tensor | None = None
+        self._buffers: dict[int, Tensor] = {}  # of each layer, [2, heads, rows, head_dim]
 
     def _places_of_prompts(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Rows of the packed prompts, for every copy, and the rows of the buffer where they go."""
@@ -66,14 +69,12 @@ class TextCache:
         return rows, _to_device(np.arange(taken.rows) + shift, self.device)
 
     def start(self, layer: int, kv: Tensor, shared: Tensor | None = None) -> None:
-        """Keys and values ``[rows, 2, dim]`` of the packed prompts, and those of the images' shared rows."""
-        if self._buffer is None:
-            self._buffer = kv.new_empty(
-                self.depth, self.shared_rows + self.rows * self.capacity, *kv.shape[1:], dtype=cached_dtype(kv)
-            )
+        """Keys and values ``[rows, 2, heads, head_dim]`` of the packed prompts, and those of the images' shared rows."""
+        rows, (_, two, heads, width) = self.shared_rows + self.rows * self.capacity, kv.shape
+        self._buffers[layer] = kv.new_empty(two, heads, rows, width, dtype=cached_dtype(kv))
         if shared is not None:
-            self._buffer[layer, : self.shared_rows] = shared
-        self._buffer[layer].index_copy_(0, self._prompt_to, kv[self._prompt_from].to(self._buffer.dtype))
+            self._buffers[layer][:, :, : self.shared_rows] = shared.permute(1, 2, 0, 3)
+        self._put(layer, self._prompt_to, kv[self._prompt_from])
 
     def advance(self) -> None:
         """Every text has one row more; `write` says what it holds."""
@@ -83,24 +84,30 @@ class TextCache:
         self._end += 1
 
     def write(self, layer: int, kv: Tensor, draft: int = 0) -> None:
-        """Keys and values ``[texts, 2, dim]`` of the newest row of each text, or of a draft behind it."""
-        self._filled[layer].index_copy_(0, self._next + (draft - 1), kv.to(self._filled.dtype))
+        """Keys and values ``[texts, 2, heads, head_dim]`` of the newest row of each text, or of a draft behind it."""
+        if self._common == self._longest:  # texts grow side by side
+            self._texts(layer)[:, :, :, self._end + draft - 1] = kv.permute(1, 2, 0, 3)
+        else:
+            self._put(layer, self._next + (draft - 1), kv)
 
-    def read(self, layer: int, num_heads: int) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, ``[buffer_rows, num_heads, head_dim]`` each."""
-        k, v = self._filled[layer].unflatten(2, (num_heads, -1)).unbind(1)
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, ``[buffer_rows, heads, head_dim]`` each; the rows of a head follow one another."""
+        k, v = self._buffers[layer].transpose(1, 2).unbind(0)
         return k, v
 
     def reorder(self, index: Tensor) -> None:
         """Text i goes on as a copy of text ``index[i]`` of the same image. The rows of prompts are the same and stay."""
-        texts = self._filled[:, self.shared_rows :].unflatten(1, (self.rows, self.capacity))
-        grown = texts[:, :, self._common : self._end]
-        grown.copy_(grown.index_select(1, index))
+        for layer in self._buffers:  # a copy of one layer stays in the processor's cache
+            grown = self._texts(layer)[:, :, :, self._common : self._end]
+            grown.copy_(grown.index_select(2, index))
 
-    @property
-    def _filled(self) -> Tensor:
-        assert self._buffer is not None, "prompts come first"
-        return self._buffer
+    def _texts(self, layer: int) -> Tensor:
+        """View ``[2, heads, texts, capacity, head_dim]``."""
+        return self._buffers[layer][:, :, self.shared_rows :].unflatten(2, (self.rows, self.capacity))
+
+    def _put(self, layer: int, places: Tensor, kv: Tensor) -> None:
+        buffer = self._buffers[layer]
+        buffer.index_copy_(2, places, kv.permute(1, 2, 0, 3).to(buffer.dtype))
 
 
 def _edges(rows: int, copies: int, images: int) -> list[tuple[int, int]]:

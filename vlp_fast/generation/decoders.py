@@ -86,7 +86,11 @@ class CrossAttendingWriting:
         self._backend = _own_backend(backend)
         self._plan = DecodePlan.cross(image_segments.lengths, cache.copies, image_segments.device)
         own = AttentionPlan.self_attention(segments, causal=True)
+        self._contexts = {layer: (_by_heads(k), _by_heads(v)) for layer, (k, v) in contexts.items()}
         cross = AttentionPlan.cross_attention(segments, image_segments)
+        regular = len(set(segments.lengths)) == 1
+        # prompts of one length read their images as a step does; others would be copied to a common length
+        step = DecodePlan.cross(image_segments.lengths, segments.max_length, image_segments.device) if regular else None
 
         def attend(layer: int, num_heads: int, qkv: Tensor) -> Tensor:
             q, k, v, kv = _split(qkv, num_heads)
@@ -94,11 +98,12 @@ class CrossAttendingWriting:
             return attention(q, k, v, own, backend=backend).flatten(1)
 
         def attend_image(layer: int, q: Tensor) -> Tensor:
+            if step is not None:
+                return _decode(q, self._contexts[layer], step, self._backend).flatten(1)
             return attention(q, *contexts[layer], cross, backend=backend).flatten(1)
 
         hidden = rows(prompts.token_ids, segments.positions(), attend, attend_image)[segments.last_rows()]
         self.logits = logits(hidden).repeat_interleave(cache.copies, 0)
-        self._contexts = {i: (k.to(cached_dtype(k)), v.to(cached_dtype(v))) for i, (k, v) in contexts.items()}
         self._positions = _Positions(segments, cache.copies, decoder.max_positions)
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ class CrossAttendingWriting:
     def _attend(self, layer: int, num_heads: int, qkv: Tensor) -> Tensor:
         q, _, _, kv = _split(qkv, num_heads)
         self._cache.write(layer, kv)
-        return _decode(q, self._cache.read(layer, num_heads), self._cache.plans[0], self._backend).flatten(1)
+        return _decode(q, self._cache.read(layer), self._cache.plans[0], self._backend).flatten(1)
 
     def _attend_image(self, layer: int, q: Tensor) -> Tensor:
         return _decode(q, self._contexts[layer], self._plan, self._backend).flatten(1)
@@ -129,7 +134,7 @@ class BlipDecoder:
         rows = model.image_encoder(images)
         segments = model.image_encoder.segments(len(images), rows.device)
         contexts = {i: _cross(block).project_context(rows) for i, block in enumerate(model.text_tower.blocks)}
-        cache = TextCache(model.config.depth, prompts.segments, copies, steps)
+        cache = TextCache(prompts.segments, copies, steps)
         return CrossAttendingWriting(self, self._rows, model.word_logits, contexts, segments, prompts, cache)
 
     def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
@@ -160,7 +165,7 @@ class CocaDecoder:
         for layer, block in enumerate(self._readers(), self._first):
             rows = block.context_norm(image.rows) if isinstance(block, CrossBlock) else image.rows
             contexts[layer] = _cross(block).project_context(rows)
-        cache = TextCache(self._first + len(contexts), prompts.segments, copies, steps)
+        cache = TextCache(prompts.segments, copies, steps)
         words = model.text_decoder.words
         return CrossAttendingWriting(self, self._rows, words, contexts, image.segments, prompts, cache)
 
@@ -211,7 +216,7 @@ class Beit3Writing:
         self._model = model = decoder.model
         self._backend = _own_backend(model.config.backend)
         shared, segments = model.num_image_tokens, prompts.segments
-        self._cache = cache = TextCache(model.config.depth, segments, copies, steps, shared=shared, drafts=1)
+        self._cache = cache = TextCache(segments, copies, steps, shared=shared, drafts=1)
         self._masks = torch.full((cache.rows,), decoder.mask_id, dtype=torch.long, device=images.device)
         # the prompts with a [MASK] behind each, after all images
         masked = Segments([n + 1 for n in segments.lengths], segments.device)
@@ -247,7 +252,7 @@ class Beit3Writing:
         for draft, plan in enumerate(cache.plans):
             rows = slice(draft * cache.rows, (draft + 1) * cache.rows)
             cache.write(layer, kv[rows], draft)
-            outs.append(_decode(q[rows], cache.read(layer, num_heads), plan, self._backend))
+            outs.append(_decode(q[rows], cache.read(layer), plan, self._backend))
         return torch.cat(outs).flatten(1)
 
     def _rows(self, x: Tensor, images: int, attend: Attend) -> Tensor:
@@ -290,9 +295,15 @@ def _read(cross: CrossAttention, layer: int, x: Tensor, attend_image: AttendImag
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``[rows, 3 * dim]`` -> q, k, v ``[rows, heads, head_dim]``, and keys and values as the cache takes them, ``[rows, 2, dim]``."""
-    q, k, v = qkv.unflatten(1, (3, num_heads, -1)).unbind(1)
-    return q, k, v, qkv.unflatten(1, (3, -1))[:, 1:]
+    """``[rows, 3 * dim]`` -> q, k, v ``[rows, heads, head_dim]``, and keys and values as one, ``[rows, 2, heads, head_dim]``."""
+    parts = qkv.unflatten(1, (3, num_heads, -1))
+    return *parts.unbind(1), parts[:, 1:]
+
+
+def _by_heads(x: Tensor) -> Tensor:
+    """``[rows, heads, head_dim]`` as it lies in a cache: the rows of a head follow one another."""
+    rows, heads, width = x.shape
+    return x.new_empty(heads, rows, width, dtype=cached_dtype(x)).copy_(x.transpose(0, 1)).transpose(0, 1)
 
 
 def _decode(q: Tensor, kv: tuple[Tensor, Tensor], plan: DecodePlan, backend: str | None) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlp_fast.modules.linear import Linear
+from vlp_fast.modules.linear import Linear, gelu_of
 
 __all__ = ["MLP", "DropPath"]
 
@@ -23,7 +22,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu_of(self.fc1, x))
 
 
 class DropPath(nn.Module):

@@ -19,9 +19,10 @@ from vlp_fast.ops.contrastive import (
     sigmoid_contrastive_loss,
 )
 from vlp_fast.ops.decode_attention import decode_attention
-from vlp_fast.ops.linear import linear
+from vlp_fast.ops.linear import linear, linear_gelu
 from vlp_fast.ops.linear_cross_entropy import linear_cross_entropy
 from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
+from vlp_fast.ops.packing import packed_weights
 
 register_cpu_flops()
 
@@ -41,7 +42,9 @@ __all__ = [
     "hard_negatives",
     "linear",
     "linear_cross_entropy",
+    "linear_gelu",
     "multiway_layer_norm",
     "multiway_linear",
+    "packed_weights",
     "sigmoid_contrastive_loss",
 ]

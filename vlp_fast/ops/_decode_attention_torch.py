@@ -29,41 +29,56 @@ def _regular(q, k, v, parts, segments, per_segment, scale, need_lse):
         if length:
             groups = segments // repeat
             pieces.append((groups, *(_slots(t, start, step, groups, length) for t in (k, v))))
-    if len(pieces) == 1 and not need_lse:
+    if len(pieces) == 1 and not need_lse and not _by_heads(k):
         groups, keys, values = pieces[0]
-        out = F.scaled_dot_product_attention(_fold(q, groups, heads_k), keys, values, scale=scale)
-        return _unfold(out, rows, heads), lse_like(q, False)
+        queries, keys, values = _fold(q, groups, heads_k).transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+        out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+        return _unfold(out.transpose(0, 1), rows, heads), lse_like(q, False)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = []
+    q, scores = q.to(wide) * scale, []
     for groups, keys, _ in pieces:
-        score = (_fold(q, groups, heads_k).to(wide) * scale) @ keys.to(wide).transpose(-1, -2)
-        scores.append(_unfold(score, rows, heads))
-    joined = torch.cat(scores, -1)
-    weights = torch.softmax(joined, -1).split([s.shape[-1] for s in scores], -1)
+        score = _product(_fold(q, groups, heads_k), keys.to(wide).transpose(-1, -2))
+        scores.append(score if len(pieces) == 1 else _unfold(score, rows, heads))
+    joined = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+    weights = torch.softmax(joined, -1)
+    lse = torch.logsumexp(joined, -1) if need_lse else lse_like(q, False)
+    if len(pieces) == 1:
+        out = _unfold(_product(weights, pieces[0][2].to(wide)), rows, heads)
+        return out.to(k.dtype), _unfold(lse[..., None], rows, heads)[..., 0] if need_lse else lse
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
-    for w, (groups, _, values) in zip(weights, pieces, strict=True):
-        out += _unfold(_fold(w, groups, heads_k) @ values.to(wide), rows, heads)
-    return out.to(q.dtype), torch.logsumexp(joined, -1) if need_lse else lse_like(q, False)
+    for w, (groups, _, values) in zip(weights.split([s.shape[-1] for s in scores], -1), pieces, strict=True):
+        out += _unfold(_product(_fold(w, groups, heads_k), values.to(wide)), rows, heads)
+    return out.to(k.dtype), lse
 
 
 def _slots(buffer: Tensor, start: int, step: int, groups: int, length: int) -> Tensor:
-    """View ``[groups, heads_k, length, head_dim]``."""
+    """View ``[heads_k, groups, length, head_dim]``."""
     row, head, dim = buffer.stride()
-    shape, strides = (groups, buffer.shape[1], length, buffer.shape[2]), (step * row, head, row, dim)
+    shape, strides = (buffer.shape[1], groups, length, buffer.shape[2]), (head, step * row, row, dim)
     return buffer.as_strided(shape, strides, buffer.storage_offset() + start * row)
 
 
+def _by_heads(buffer: Tensor) -> bool:
+    """Whether the rows of a head lie one after the other, which few query rows are fastest with: plain products of matrices."""
+    return buffer.stride(0) == buffer.shape[2] and buffer.stride(1) >= buffer.shape[0] * buffer.shape[2]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of ``[heads_k, groups, ...]``; a view, and no copy, of slots that follow one another."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
 def _fold(rows: Tensor, groups: int, heads_k: int) -> Tensor:
-    """[rows, heads, n] to [groups, heads_k, rows of a group and heads that share a key head, n]."""
+    """[rows, heads, n] to [heads_k, groups, rows of a group and heads that share a key head, n]."""
     n = rows.shape[-1]
     split = rows.reshape(groups, -1, heads_k, rows.shape[1] // heads_k, n)
-    return split.transpose(1, 2).reshape(groups, heads_k, -1, n)
+    return split.permute(2, 0, 1, 3, 4).reshape(heads_k, groups, -1, n)
 
 
 def _unfold(folded: Tensor, rows: int, heads: int) -> Tensor:
-    groups, heads_k, _, n = folded.shape
-    split = folded.reshape(groups, heads_k, rows // groups, heads // heads_k, n)
-    return split.transpose(1, 2).reshape(rows, heads, n)
+    heads_k, groups, _, n = folded.shape
+    split = folded.reshape(heads_k, groups, rows // groups, heads // heads_k, n)
+    return split.permute(1, 2, 0, 3, 4).reshape(rows, heads, n)
 
 
 def _gathered(q, k, v, tensors, segments, max_rows, max_keys, scale, need_lse):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlp_fast.ops._products import mm
+from vlp_fast.ops._products import fuses_gelu, linear_gelu, mm
 
 __all__ = ["layer_norm", "layer_norm_backward", "linear", "linear_backward", "statistics_dtype"]
 
@@ -28,6 +28,10 @@ def linear(
     rows, width, runs = x.shape[0], weight.shape[1], _runs(offsets)
     # a product can start from the residual only where nothing comes between and no rounding to a narrower dtype
     onto_residual = residual is not None and not activation and residual.dtype == x.dtype
+    if activation and not save_pre and len(runs) == 1 and fuses_gelu(x, weight.shape[1]):
+        e = runs[0][0]
+        out = linear_gelu(x, weight[e], None if bias is None else bias[e])
+        return (out if residual is None else out + residual), out.new_empty(0)
     product = x.new_empty(rows, width) if len(runs) != 1 else None
     for e, a, b in runs:
         onto = residual[a:b] if residual is not None and onto_residual else None

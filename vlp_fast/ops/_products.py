@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["fp32_products", "is_for_onednn", "mm", "onednn_is_faster"]
+from vlp_fast.ops.packing import any_packed, find_packed
+
+__all__ = ["fp32_products", "fuses_gelu", "is_for_onednn", "linear_gelu", "mm", "onednn_is_faster"]
 
 # multiply-adds below which oneDNN's greater cost per call (10 us) outweighs what it saves
 LEAST = 2**21
@@ -44,14 +46,15 @@ def fp32_products() -> tuple[str, str]:
 def mm(
     a: Tensor, b: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """``a @ b + bias + residual``, written into `out` where it is given.
+    """``a @ b + bias + residual``, written into `out` where it is given. b may be the transpose of a packed weight (`packed_weights`).
 
     Args:
         a: ``[m, k]``. b: ``[k, n]``. bias: ``[n]`` or None. residual: ``[m, n]`` or None. All of one dtype and device. No gradient:
             it is used inside of operations.
     """
-    if is_for_onednn(a, a.numel() * b.shape[1]):
-        result = _onednn(a, b, bias)
+    packed = find_packed(b) if any_packed() else None
+    if packed is not None or is_for_onednn(a, a.numel() * b.shape[1]):
+        result = _onednn(a, b, bias) if packed is None else _linear(a, packed, bias)
         if residual is not None:
             return torch.add(result, residual, out=result if out is None else out)
         return result if out is None else out.copy_(result)
@@ -60,6 +63,26 @@ def mm(
         start = residual if bias is None else torch.add(residual, bias, out=out)
         return torch.addmm(start, a, b, out=out)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU(x @ weight.T + bias) in one pass of oneDNN, the GELU (with erf) of sums in fp32. As `mm`: CPU, one dtype, no gradient."""
+    packed = find_packed(weight.t())
+    return _linear(x, weight if packed is None else packed, bias, "gelu", "none")
+
+
+def fuses_gelu(x: Tensor, width: int) -> bool:
+    """Whether `linear_gelu` is for rows like x: where the product is oneDNN's in any case; PyTorch gives it bf16 by itself."""
+    if (
+        x.device.type != "cpu"
+        or x.numel() == 0
+        or not torch.backends.mkldnn.is_available()
+        or not torch.backends.mkldnn.enabled
+    ):
+        return False
+    if x.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return is_for_onednn(x, x.numel() * width)
 
 
 def is_for_onednn(x: Tensor, multiply_adds: int) -> bool:
@@ -80,12 +103,14 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not _by_rows(a) and bias is None and b.numel() + a.shape[0] * b.shape[1] < a.numel():
         return _linear(b.t(), a).t()
-    return _linear(a, b.t(), None if bias is None else bias.contiguous())
+    return _linear(a, b.t(), bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    weight = weight if _by_rows(weight) or _by_rows(weight.t()) else weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x if _by_rows(x) else x.contiguous(), weight, bias, "none", [], "")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", form: str = "") -> Tensor:
+    if not (weight.is_mkldnn or _by_rows(weight) or _by_rows(weight.t())):
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x if _by_rows(x) else x.contiguous(), weight, bias, activation, [], form)
 
 
 def _by_rows(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.ops import _decode_attention_torch
 from vlp_fast.ops._autocast import autocast_to_compute
 from vlp_fast.ops._backends import choose_own_backend
+from vlp_fast.ops._direct import runs_directly
 
 __all__ = ["decode_attention"]
 
@@ -57,7 +58,11 @@ def decode_attention(
     tensors = (plan.query.offsets, plan.edge_offsets, plan.edge_key, plan.key_starts, plan.key_lengths)
     max_keys = plan.max_keys if name == "torch" else plan.most_keys
     parts = plan.parts if name == "torch" else []
-    out, lse = _decode(q, k, v, *tensors, parts, plan.query.max_length, max_keys, plan.pairs, scale, return_lse, name)
+    if runs_directly(name, q, k, v):
+        sizes = (len(plan.query), plan.query.max_length, max_keys)
+        out, lse = _decode_attention_torch.forward(q, k, v, tensors, parts, *sizes, scale, return_lse)
+    else:
+        out, lse = _decode(q, k, v, *tensors, parts, plan.query.max_length, max_keys, plan.pairs, scale, return_lse, name)
     return (out, lse.T) if return_lse else out
 
 

@@ -6,17 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlp_fast.ops import _products
+from vlp_fast.ops._direct import runs_directly
 from vlp_fast.ops._products import is_for_onednn, mm
 from vlp_fast.ops.multiway import multiway_linear
+from vlp_fast.ops.packing import any_packed
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_gelu"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
 
-    Equivalent to: ``torch.nn.functional.linear``, which it calls but for fp32 on a CPU whose products are faster through oneDNN
-    (`vlp-fast info` says which); there it is `multiway_linear` with one expert, which has no second derivative.
+    Equivalent to: ``torch.nn.functional.linear``, which it calls but for weights that `packed_weights` holds and for fp32 on a CPU whose
+    products are faster through oneDNN (`vlp-fast info` says which); there it is `multiway_linear` with one expert, which has no second
+    derivative.
 
     Args:
         x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None.
@@ -24,26 +28,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns: ``[..., out]``.
     Raises: what ``torch.nn.functional.linear`` raises.
     """
-    if _goes_to_products(x, weight, bias):
-        rows = x.numel() // weight.shape[1]
-        if not _needs_operation(x, weight, bias):
-            return mm(x.reshape(rows, weight.shape[1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
-        biases = None if bias is None else bias[None]
-        out = multiway_linear(x.reshape(rows, weight.shape[1]), weight[None], biases, (0, rows), backend="torch")
-        return out.view(*x.shape[:-1], weight.shape[0])
+    if _fits(x, weight, bias):
+        rows, shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
+        for_onednn = is_for_onednn(x, x.numel() * weight.shape[0])
+        # where some weights are packed, mm sees whether this one is
+        if (for_onednn or any_packed()) and runs_directly("torch", x, weight, bias):
+            return mm(x.reshape(rows, weight.shape[1]), weight.t(), bias).view(shape)
+        if for_onednn:
+            biases = None if bias is None else bias[None]
+            flat = x.reshape(rows, weight.shape[1])
+            return multiway_linear(flat, weight[None], biases, (0, rows), backend="torch").view(shape)
     return F.linear(x, weight, bias)
 
 
-def _goes_to_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``gelu(linear(x, weight, bias))`` with erf; without a gradient on a CPU one pass of oneDNN: the GELU of sums in fp32 for 16-bit x."""
+    if _fits(x, weight, bias) and runs_directly("torch", x, weight, bias) and _products.fuses_gelu(x, weight.shape[0]):
+        rows, shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
+        return _products.linear_gelu(x.reshape(rows, weight.shape[1]), weight, bias).view(shape)
+    return F.gelu(linear(x, weight, bias))
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this is a plain product on the CPU; where it is not, F.linear does it or says what is wrong."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]  # where not, F.linear says what is wrong
-    fits = fits and x.dtype == weight.dtype and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-    return fits and is_for_onednn(x, x.numel() * weight.shape[0])
-
-
-def _needs_operation(*tensors: Tensor | None) -> bool:
-    """Whether a gradient or a compiler must see a registered operation, which costs 30 us more: much to a decoding step."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and weight.shape[1] > 0
+    return fits and x.dtype == weight.dtype and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))

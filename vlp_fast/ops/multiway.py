@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vlp_fast.ops import _multiway_torch
 from vlp_fast.ops._autocast import autocast_to_compute
 from vlp_fast.ops._backends import choose_own_backend
+from vlp_fast.ops._direct import runs_directly
 
 __all__ = ["multiway_layer_norm", "multiway_linear"]
 
@@ -73,6 +74,9 @@ def multiway_linear(
                 f"{name} must have x's dtype and device, {x.dtype} on {x.device}; received {tensor.dtype} on {tensor.device}."
             )
     name = _backend(backend, x, "multiway_linear", residual)
+    if runs_directly(name, x, weight, bias, residual):
+        out_dtype = _out_dtype(x, residual)
+        return _multiway_torch.linear(x, weight, bias, residual, expert_offsets, activation or "", False, out_dtype)[0]
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _linear(
         x, weight, bias, residual, list(expert_offsets), activation or "", bool(activation) and wants_gradient, name
@@ -114,7 +118,10 @@ def multiway_layer_norm(
     name = _backend(backend, x, "multiway_layer_norm", weight)
     if name == "triton" and x.shape[1] > MAX_NORM_WIDTH:
         raise ValueError(f"backend 'triton' normalises up to {MAX_NORM_WIDTH} columns; received {x.shape[1]}.")
-    return _layer_norm(x.to(torch.promote_types(x.dtype, weight.dtype)), weight, bias, list(expert_offsets), eps, name)[0]
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    if runs_directly(name, x, weight, bias):
+        return _multiway_torch.layer_norm(x, weight, bias, expert_offsets, eps)[0]
+    return _layer_norm(x, weight, bias, list(expert_offsets), eps, name)[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], weight_dim: int) -> None:
