@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from vlp_fast.attention_plan import AttentionPlan
-from vlp_fast.segments import Segments
+from vlp_fast.segments import Segments, _to_device
 
 __all__ = [
     "PackedPasses",
     "PassInfo",
+    "ReadRows",
     "TextPass",
     "current_loss",
+    "describe_passes",
+    "first_rows",
     "loss_scope",
     "observe_losses",
     "pack_passes",
@@ -88,9 +91,11 @@ class TextPass:
 
     Attributes:
         name: the pass ("itc", "itm_positive", "itm_negative", "lm").
-        token_ids: int64 ``[rows]``, packed. segments: the captions' `Segments`.
+        token_ids: int64 ``[rows]``, packed; or what another tower has made of them, ``[rows, dim]``. segments: the captions' `Segments`.
         expert: which set of self-attention weights. causal: each row sees only itself and earlier rows.
         images: which image each caption reads (host numbers or a device tensor ``[captions]``); None: no cross-attention.
+        first_row_only: only the first row of each caption is read afterwards; the tower returns those, ``[captions, dim]``.
+        loss: the loss it is for, where one forward serves several; a profile reads it, nothing else does.
     """
 
     name: str
@@ -99,14 +104,37 @@ class TextPass:
     expert: int = 0
     causal: bool = False
     images: Sequence[int] | Tensor | None = None
+    first_row_only: bool = False
+    loss: str | None = None
+
+
+class ReadRows(NamedTuple):
+    """The rows of a forward that are read afterwards: its last layer computes no others.
+
+    Attributes:
+        rows: int64 ``[read rows]``. plan, cross_plan: those of the forward, with these rows as queries. expert_offsets: of these rows.
+    """
+
+    rows: Tensor
+    plan: AttentionPlan
+    cross_plan: AttentionPlan | None
+    expert_offsets: tuple[int, ...]
+
+
+def first_rows(segments: Segments) -> ReadRows:
+    """The first row of every segment, each reading all of its own (the class token of an image)."""
+    plan = AttentionPlan.cross_attention(Segments([1] * len(segments), segments.device), segments)
+    return ReadRows(segments.first_rows(), plan, None, (0, len(segments)))
 
 
 class PackedPasses(NamedTuple):
-    """Several passes as one packed forward, expert after expert.
+    """Several passes as one packed forward, expert after expert and, where the images are known on the host, image after image.
 
     Attributes:
-        token_ids, positions: int64 ``[rows]``. plan: self-attention, causal where a pass is. cross_plan: which image each
-            caption reads, or None. expert_offsets: rows of each expert. bounds: (first row, end row) of each pass, in the order given.
+        token_ids: of all passes. positions: int64 ``[rows]``. plan: self-attention, causal where a pass is. cross_plan: which image each
+            caption reads, or None; captions that lie side by side and read one image are one segment of it. expert_offsets: rows of
+            each expert. read: what the last layer computes, None for all rows.
+        picks: for each pass, in the order given, the rows of the last layer's output that it returns: (first, end) or int64 numbers.
     """
 
     token_ids: Tensor
@@ -114,11 +142,21 @@ class PackedPasses(NamedTuple):
     plan: AttentionPlan
     cross_plan: AttentionPlan | None
     expert_offsets: tuple[int, ...]
-    bounds: tuple[tuple[int, int], ...]
+    read: ReadRows | None
+    picks: tuple[tuple[int, int] | Tensor, ...]
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The last layer's output, pass by pass."""
+        return [rows[pick] if isinstance(pick, Tensor) else rows[pick[0] : pick[1]] for pick in self.picks]
 
 
-def pack_passes(passes: Sequence[TextPass], num_experts: int, image_segments: Segments | None) -> PackedPasses:
+def pack_passes(
+    passes: Sequence[TextPass], num_experts: int, image_segments: Segments | None, *, whole: bool = False
+) -> PackedPasses:
     """Lays passes end to end, expert after expert; they must all read images or all read none.
+
+    Args:
+        whole: the last layer computes all rows, as the published codes do, also those that nobody reads.
 
     Raises:
         ValueError: no pass, an expert that does not exist, or passes with and without images together.
@@ -133,39 +171,97 @@ def pack_passes(passes: Sequence[TextPass], num_experts: int, image_segments: Se
         raise ValueError("passes with and without cross-attention cannot share one forward; group them apart.")
     if any(readers) and image_segments is None:
         raise ValueError("a pass that reads images needs image_segments; received None.")
-    order = sorted(range(len(passes)), key=lambda i: wanted[i])
-    lengths = [length for i in order for length in passes[i].segments.lengths]
+    for p in passes:
+        if p.images is not None and len(p.images) != len(p.segments):
+            raise ValueError(
+                f"images must name one image per caption; received {len(p.images)} for {len(p.segments)} captions of pass {p.name!r}."
+            )
     device = passes[0].token_ids.device
-    segments = Segments(lengths, device)
-    causal = np.repeat([int(passes[i].causal) for i in order], [len(passes[i].segments) for i in order])
-    index = np.arange(len(segments))
-    plan = AttentionPlan.from_edges(segments, segments, np.stack([index, index, causal], 1))
-    cross_plan = None
-    if image_segments is not None and all(readers):
-        cross_plan = AttentionPlan.cross_attention(segments, image_segments, _join([passes[i].images for i in order], device))
-    starts, used = {}, 0
-    expert_offsets = [0] * (num_experts + 1)
-    for i in order:
-        starts[i] = used
-        used += passes[i].segments.rows
-        expert_offsets[wanted[i] + 1] = used
-    for e in range(num_experts):
-        expert_offsets[e + 1] = max(expert_offsets[e + 1], expert_offsets[e])
+    counts = [len(p.segments) for p in passes]
+    experts = np.repeat(wanted, counts).astype(np.int64)
+    first_only = np.repeat([p.first_row_only for p in passes], counts)
+    images = _join([p.images for p in passes], device) if all(readers) else None
+    # captions in their places: by expert, then by image
+    keys = (experts,) if images is None or isinstance(images, Tensor) else (np.asarray(images, np.int64), experts)
+    order = np.lexsort(keys)
+    rows, segments = Segments([n for p in passes for n in p.segments.lengths], device).take(order.tolist())
+    token_ids = torch.cat([p.token_ids for p in passes])
+    causal = np.repeat([p.causal for p in passes], counts)[order].astype(np.int64)
+    index = np.arange(len(order))
+    edges = np.stack([index, index, causal], 1)
+    cross = None
+    if images is not None:
+        assert image_segments is not None
+        cross = (
+            images[torch.as_tensor(order, device=device)] if isinstance(images, Tensor) else np.asarray(images)[order],
+            image_segments,
+        )
+    lengths = np.asarray(segments.lengths, np.int64)
+    kept = lengths if whole else np.where(first_only[order], np.minimum(lengths, 1), lengths)
+    read = None
+    if (kept != lengths).any():
+        numbers = np.arange(int(kept.sum())) + np.repeat(segments.host_offsets[:-1] - (np.cumsum(kept) - kept), kept)
+        queries = Segments(kept, device)
+        read = ReadRows(
+            _to_device(numbers, device),
+            AttentionPlan.from_edges(queries, segments, edges),
+            _cross_plan(queries, cross),
+            _expert_offsets(experts[order], kept, num_experts),
+        )
     return PackedPasses(
-        torch.cat([passes[i].token_ids for i in order]),
+        token_ids if np.array_equal(order, index) else token_ids[rows],
         segments.positions(),
-        plan,
-        cross_plan,
-        tuple(expert_offsets),
-        tuple((starts[i], starts[i] + passes[i].segments.rows) for i in range(len(passes))),
+        AttentionPlan.from_edges(segments, segments, edges),
+        _cross_plan(segments, cross),
+        _expert_offsets(experts[order], lengths, num_experts),
+        read,
+        _picks(order, kept, np.where(first_only[order], np.minimum(lengths, 1), lengths), counts, device),
     )
 
 
-def _join(indices: Sequence[Sequence[int] | Tensor | None], device: torch.device) -> Sequence[int] | Tensor:
+def _picks(
+    order: np.ndarray, computed: np.ndarray, wanted: np.ndarray, counts: Sequence[int], device: torch.device
+) -> tuple[tuple[int, int] | Tensor, ...]:
+    """For each pass the rows it returns: of caption ``order[i]``, which lies at place i, the first ``wanted[i]`` of ``computed[i]``."""
+    starts = np.cumsum(computed) - computed
+    place = np.argsort(order)
+    picks: list[tuple[int, int] | Tensor] = []
+    for own in np.split(place, np.cumsum(counts)[:-1]):
+        n = wanted[own]
+        rows = np.arange(int(n.sum())) + np.repeat(starts[own] - (np.cumsum(n) - n), n)
+        first = int(rows[0]) if rows.size else 0
+        together = np.array_equal(rows, np.arange(first, first + rows.size))
+        picks.append((first, first + rows.size) if together else _to_device(rows, device))
+    return tuple(picks)
+
+
+def _expert_offsets(experts: np.ndarray, lengths: np.ndarray, num_experts: int) -> tuple[int, ...]:
+    return (0, *np.cumsum(np.bincount(experts, lengths, num_experts)).astype(np.int64).tolist())
+
+
+def _cross_plan(queries: Segments, cross: tuple[np.ndarray | Tensor, Segments] | None) -> AttentionPlan | None:
+    """Captions, or what is read of them, and the image of each. Neighbours that read one image are one segment."""
+    if cross is None:
+        return None
+    images, image_segments = cross
+    if isinstance(images, Tensor):
+        return AttentionPlan.cross_attention(queries, image_segments, images)
+    first = np.flatnonzero(np.diff(images, prepend=-1))
+    lengths = np.add.reduceat(np.asarray(queries.lengths, np.int64), first) if first.size else np.zeros(0, np.int64)
+    return AttentionPlan.cross_attention(Segments(lengths, queries.device), image_segments, images[first].tolist())
+
+
+def _join(indices: Sequence[Sequence[int] | Tensor | None], device: torch.device) -> list[int] | Tensor:
     """One index of images for all passes: on the host where every pass knows it there, else on the device."""
     if all(not isinstance(i, Tensor) or i.device.type == "cpu" for i in indices):
         return [int(x) for i in indices for x in (i.tolist() if isinstance(i, Tensor) else i or ())]
     return torch.cat([torch.as_tensor(i, device=device).reshape(-1).long() for i in indices])
+
+
+def describe_passes(module: str, passes: Sequence[TextPass]) -> PassInfo:
+    """What a call of a tower that takes passes processed."""
+    rows = sum(p.segments.rows for p in passes)
+    return PassInfo(module, sum(len(p.segments) for p in passes), rows, rows)
 
 
 def with_first_token(token_ids: Tensor, segments: Segments, token: int) -> Tensor:

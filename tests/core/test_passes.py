@@ -24,7 +24,8 @@ def test_pack_passes_one_pass_is_left_as_it_is():
     assert torch.equal(packed.token_ids, only.token_ids)
     assert packed.positions.tolist() == [0, 1, 2, 0, 1]
     assert packed.expert_offsets == (0, 5, 5)
-    assert packed.bounds == ((0, 5),)
+    assert packed.picks == ((0, 5),)
+    assert packed.read is None
     assert packed.cross_plan is None
     assert edges(packed.plan) == [(0, 0, 0), (1, 1, 0)]
 
@@ -37,13 +38,45 @@ def test_pack_passes_lays_them_expert_after_expert():
     ]
     packed = pack_passes(passes, 3, IMAGES)
     assert packed.expert_offsets == (0, 6, 11, 11)
-    assert packed.bounds == ((6, 11), (0, 1), (1, 6))
-    for one, (first, end) in zip(passes, packed.bounds, strict=True):
-        assert torch.equal(packed.token_ids[first:end], one.token_ids)
-        assert torch.equal(packed.positions[first:end], one.segments.positions())
-    assert packed.plan.query.lengths == (1, 4, 1, 3, 2)
+    # by expert, then by image: the negative that reads image 0, the positive (1), the other negative (2); captions of images 0 and 2
+    assert packed.plan.query.lengths == (4, 1, 1, 2, 3)
     assert edges(packed.plan) == [(0, 0, 0), (1, 1, 0), (2, 2, 0), (3, 3, 1), (4, 4, 1)]
-    assert edges(packed.cross_plan) == [(0, 1, 0), (1, 0, 0), (2, 2, 0), (3, 2, 0), (4, 0, 0)]
+    assert edges(packed.cross_plan) == [(0, 0, 0), (1, 1, 0), (2, 2, 0), (3, 0, 0), (4, 2, 0)]
+    for one, ids, positions in zip(passes, packed.split(packed.token_ids), packed.split(packed.positions), strict=True):
+        assert torch.equal(ids, one.token_ids)
+        assert torch.equal(positions, one.segments.positions())
+    assert packed.picks[1] == (4, 5)
+    assert packed.picks[2].tolist() == [0, 1, 2, 3, 5]
+
+
+def test_neighbours_that_read_one_image_are_one_segment_of_it():
+    passes = [make_pass("a", [3, 2, 4], images=[1, 0, 1]), make_pass("b", [2, 2], images=[1, 2])]
+    packed = pack_passes(passes, 1, IMAGES)
+    assert packed.plan.query.lengths == (2, 3, 4, 2, 2)
+    assert packed.cross_plan.query.lengths == (2, 9, 2)
+    assert edges(packed.cross_plan) == [(0, 0, 0), (1, 1, 0), (2, 2, 0)]
+
+
+def test_the_last_layer_computes_what_is_read():
+    passes = [
+        make_pass("lm", [3, 2], expert=1, causal=True, images=[1, 0]),
+        make_pass("itm", [4, 1, 5], images=[0, 2, 0], first_row_only=True),
+    ]
+    packed = pack_passes(passes, 2, IMAGES)
+    assert packed.plan.query.lengths == (4, 5, 1, 2, 3)
+    assert packed.read.rows.tolist() == [0, 4, 9, 10, 11, 12, 13, 14]
+    assert packed.read.plan.query.lengths == (1, 1, 1, 2, 3)
+    assert packed.read.plan.key.lengths == packed.plan.key.lengths
+    assert edges(packed.read.plan) == edges(packed.plan)
+    assert packed.read.cross_plan.query.lengths == (2, 1, 2, 3)
+    assert packed.read.expert_offsets == (0, 3, 8)
+    lm, itm = packed.split(packed.token_ids[packed.read.rows])
+    assert torch.equal(lm, passes[0].token_ids)
+    assert torch.equal(itm, passes[1].token_ids[[0, 4, 5]])
+    whole = pack_passes(passes, 2, IMAGES, whole=True)
+    assert whole.read is None
+    for mine, other in zip(whole.split(whole.token_ids), (lm, itm), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_pack_passes_expert_in_the_middle_may_be_empty():
@@ -84,7 +117,7 @@ def test_pack_passes_takes_an_index_that_only_the_device_knows():
         ),
         ([make_pass("a", [1], images=[0])], None, "a pass that reads images needs image_segments; received None."),
         ([make_pass("a", [1], images=[3])], IMAGES, "names key segment 3 of 3."),
-        ([make_pass("a", [1, 2], images=[0])], IMAGES, "received 1 for 2 query segments."),
+        ([make_pass("a", [1, 2], images=[0])], IMAGES, "received 1 for 2 captions of pass 'a'."),
     ],
 )
 def test_pack_passes_says_what_is_wrong(passes, images, message):

@@ -25,7 +25,7 @@ def albef(**changes):
 
 def fused(model, images, ids, segments, index):
     image = model.encode_image(images)
-    return model.fuse(model.text_encoder(ids, segments), segments, image, index)
+    return model.fuse(model.encode_words(ids, segments), segments, image, index)
 
 
 def test_shapes(images, captions):
@@ -36,7 +36,7 @@ def test_shapes(images, captions):
     assert image.features.shape == (3, 32)
     assert model.encode_text(ids, segments).shape == (3, 32)
     assert rows.shape == (14, 64)
-    assert model.matching_logits(rows, segments).shape == (3, 2)
+    assert model.matching_logits(rows[segments.first_rows()]).shape == (3, 2)
     assert model.word_logits(rows).shape == (14, 100)
     torch.testing.assert_close(image.features.norm(dim=1), torch.ones(3, dtype=torch.float64))
 
@@ -79,7 +79,7 @@ def test_text_features_come_from_the_lower_layers_alone(images, captions):
 
 def test_captions_fused_together_equal_separate_calls_with_their_gradients(images, captions):
     model, (ids, segments) = albef(), captions
-    image, text = model.encode_image(images), model.text_encoder(ids, segments)
+    image, text = model.encode_image(images), model.encode_words(ids, segments)
     rows = image.rows.detach().requires_grad_()
     image = image._replace(rows=rows)
     text = text.detach().requires_grad_()
@@ -106,7 +106,7 @@ def test_images_may_be_named_by_a_tensor(images, captions):
 
 def test_every_token_is_of_type_0(captions):
     model, (ids, segments) = albef(token_types=3), captions
-    model.text_encoder(ids, segments).square().sum().backward()
+    model.encode_words(ids, segments).square().sum().backward()
     gradient = model.text_encoder.embedding.token_type.weight.grad
     torch.testing.assert_close(gradient[0], model.text_encoder.embedding.position.weight.grad.sum(0))
     assert gradient[0].abs().max() > 0

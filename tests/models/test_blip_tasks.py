@@ -43,7 +43,7 @@ def test_retriever_equals_the_whole_model(images, captions):
         image = model.encode_image(images)
         asked = model.matching_pass("itm", ids, segments, [1, 1, 0])
         (rows,) = model.text_tower([asked], image.rows, image.segments)
-        return image.features, model.encode_text(ids, segments), model.matching_logits(rows, segments)
+        return image.features, model.encode_text(ids, segments), model.matching_logits(rows)
 
     torch.testing.assert_close(outputs(blip), outputs(retriever))
 

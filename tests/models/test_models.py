@@ -1,5 +1,7 @@
 """The three models on tiny configurations, in float64: ragged batches, who sees whom, grouped passes, configurations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_blip_only_captioning_hides_later_words(images, captions, causal):
         if causal:
             text_pass = model.captioning_pass(tokens, segments, [0, 1, 2])
         else:
-            text_pass = model.matching_pass("itm", tokens, segments, [0, 1, 2])
+            text_pass = replace(model.matching_pass("itm", tokens, segments, [0, 1, 2]), first_row_only=False)
         return model.text_tower([text_pass], image.rows, image.segments)[0]
 
     same = torch.isclose(rows(ids), rows(changed)).all(1)
@@ -60,7 +62,8 @@ def test_blip_grouped_passes_equal_separate_calls_with_their_gradients(images, c
         model.matching_pass("itm_negative", ids, segments, [2, 2, 0]),
     ]
     together = model.text_tower(passes, rows, image.segments)
-    apart = [model.text_tower([p], rows, image.segments)[0] for p in passes]
+    assert [len(x) for x in together] == [segments.rows, 3, 3]
+    apart = [model.text_tower([p], rows, image.segments, whole=True)[0] for p in passes]
     weights = [torch.randn_like(x) for x in together]
     wanted = [rows, *model.text_tower.parameters()]
     gradients = [

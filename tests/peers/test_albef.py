@@ -106,8 +106,8 @@ def test_model_has_their_features_and_logits(recorded, dtype, within):
     captions, size = inputs.pairs.segments(), inputs.pairs.batch_size
     with torch.no_grad():
         image = model.encode_image(inputs.pairs.images.to(dtype))
-        text = model.text_encoder(inputs.pairs.token_ids, captions)
-        fused = model.fuse(model.text_encoder(inputs.masked_ids, captions), captions, image, range(size))
+        text = model.encode_words(inputs.pairs.token_ids, captions)
+        fused = model.fuse(model.encode_words(inputs.masked_ids, captions), captions, image, range(size))
         rows, others = captions.take(recorded["text_index"].tolist())
         three = Segments([*captions.lengths, *captions.lengths, *others.lengths])
         images = [*range(size), *recorded["image_index"].tolist(), *range(size)]
@@ -118,7 +118,7 @@ def test_model_has_their_features_and_logits(recorded, dtype, within):
     assert relative_error(features, made["text_features"]) <= within
     assert relative_error(fused, made["fused_rows"]) <= within
     assert relative_error(model.word_logits(fused[inputs.masked_rows]), made["word_logits"]) <= within
-    assert relative_error(model.matching_logits(pairs, three), made["matching_logits"]) <= within
+    assert relative_error(model.matching_logits(pairs[three.first_rows()]), made["matching_logits"]) <= within
 
 
 def test_hard_negatives_are_drawn_with_their_weights(recorded, monkeypatch):

@@ -136,7 +136,7 @@ def test_retrieval_equals_transformers(blip, dtype, size, lengths):
     image, text = model.encode_image(images), model.encode_text(packed, segments)
     asked = TextPass("itm", packed, segments, images=range(3))  # [CLS] stays in front, as theirs has it
     (rows,) = model.text_tower([asked], image.rows, image.segments)
-    logits = model.matching_logits(rows, segments)
+    logits = model.matching_logits(rows[segments.first_rows()])
     assert_same(image.rows, matching.last_hidden_state.flatten(0, 1), "image rows")
     pooled = model.image_encoder.norm(image.rows[image.segments.first_rows()])
     assert_same(pooled, peer.vision_model(images).pooler_output, "the pooled image, which theirs normalises twice")

@@ -155,7 +155,7 @@ def test_words_are_predicted_where_they_are_hidden():
     step = make_step()
     loss = step(AlbefInputs(batch, masked, row), alpha=0.0)["mlm"]
     model, captions = step.model, batch.segments()
-    rows = model.fuse(model.text_encoder(masked, captions), captions, model.encode_image(batch.images), range(4))
+    rows = model.fuse(model.encode_words(masked, captions), captions, model.encode_image(batch.images), range(4))
     torch.testing.assert_close(loss, F.cross_entropy(model.word_logits(rows)[row], batch.token_ids[row]))
 
 
@@ -166,7 +166,7 @@ def test_one_pair_has_no_negative():
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match="schedule must be one of published; received 'fast'"):
+    with pytest.raises(ValueError, match="schedule must be one of packed, published; received 'fast'"):
         AlbefPretraining(albef_preset("tiny"), schedule="fast")
 
 

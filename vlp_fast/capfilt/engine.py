@@ -85,7 +85,7 @@ def score_captions(
     image = matcher.encode_image(images)
     matching = matcher.matching_pass("capfilt", token_ids, segments, index)
     (rows,) = matcher.text_tower([matching], image.rows, image.segments)
-    logits = matcher.matching_logits(rows, segments).float()
+    logits = matcher.matching_logits(rows).float()
     of = torch.tensor(list(index), dtype=torch.long, device=image.features.device)
     cosines = (matcher.encode_text(token_ids, segments) * image.features[of]).sum(-1)
     matches = logits[:, 1] > logits[:, 0]

@@ -47,20 +47,25 @@ class Batch:
         token_ids: int64 ``[rows]``, all captions without padding.
         text_lengths: tokens of each caption, on the host; they sum to ``rows``.
         captions: the cleaned texts the tokens stand for.
+        image_index: the image that each caption describes, on the host, where an image has several; None: caption i describes image i.
 
     Raises:
-        ValueError: the four do not describe the same pairs.
+        ValueError: the parts do not describe the same pairs.
     """
 
     images: Tensor
     token_ids: Tensor
     text_lengths: tuple[int, ...]
     captions: tuple[str, ...]
+    image_index: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        counts = (self.images.shape[0], len(self.text_lengths), len(self.captions))
+        described = self.images.shape[0] if self.image_index is None else len(self.image_index)
+        counts = (described, len(self.text_lengths), len(self.captions))
         if len(set(counts)) != 1:
             raise ValueError(f"a batch needs as many images as text lengths and captions; received {counts}.")
+        if self.image_index is not None and not all(0 <= i < len(self.images) for i in self.image_index):
+            raise ValueError(f"image_index must name one of the {len(self.images)} images; received {list(self.image_index)}.")
         if self.token_ids.shape != (sum(self.text_lengths),):
             raise ValueError(
                 f"token_ids must be one row per token, [{sum(self.text_lengths)}] by the text lengths; received "
@@ -74,6 +79,14 @@ class Batch:
     @property
     def num_text_tokens(self) -> int:
         return sum(self.text_lengths)
+
+    def image_of(self) -> list[int]:
+        """The image that each caption describes."""
+        return list(range(len(self.captions)) if self.image_index is None else self.image_index)
+
+    def of_captions(self, x: Tensor) -> Tensor:
+        """Rows of images, ``[images, ...]``, as often as captions describe them: ``[captions, ...]``."""
+        return x if self.image_index is None else x[torch.tensor(self.image_index, device=x.device)]
 
     def segments(self) -> Segments:
         """The captions as segments of `token_ids`, on the same device."""

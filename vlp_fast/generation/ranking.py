@@ -49,7 +49,7 @@ def rank_captions(
     image_segments = blip.image_encoder.segments(len(images), image_rows.device)
     matching = blip.matching_pass("itm_ranking", token_ids, segments, chosen)
     (rows,) = blip.text_tower([matching], image_rows, image_segments)
-    logits = blip.matching_logits(rows, segments)
+    logits = blip.matching_logits(rows)
     scores = logits.float().softmax(-1)[:, 1]
     # two stable sorts: by score, then by image
     order = torch.argsort(scores, descending=True, stable=True)

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.models.blip import ImageOutput, project
-from vlp_fast.modules import Linear, PostNormBlock, TextEmbedding, VisionTransformer, init_transformer
+from vlp_fast.modules import Linear, PostNormBlock, TextEmbedding, VisionTransformer, init_transformer, unit_features
 from vlp_fast.ops import linear
-from vlp_fast.passes import PassInfo
+from vlp_fast.passes import PackedPasses, PassInfo, TextPass, describe_passes, pack_passes
 from vlp_fast.segments import Segments
 
 __all__ = [
@@ -151,7 +150,11 @@ def _text_layers(config: AlbefConfig, first: int, end: int) -> nn.ModuleList:
 
 
 class AlbefTextEncoder(nn.Module):
-    """The lower layers: text alone. Shape: token_ids int64 ``[rows]`` of captions -> ``[rows, dim]``."""
+    """The lower layers: text alone. Passes given together run as one packed forward.
+
+    Shape: passes -> one ``[rows, dim]`` per pass, or ``[captions, dim]`` where only first rows are read. whole: the last layer computes all
+    rows, as the published code does.
+    """
 
     def __init__(self, config: AlbefConfig) -> None:
         super().__init__()
@@ -159,23 +162,19 @@ class AlbefTextEncoder(nn.Module):
         self.blocks = _text_layers(config, 0, config.fusion_layer)
         self.apply(init_transformer)
 
-    def forward(self, token_ids: Tensor, segments: Segments) -> Tensor:
-        plan = AttentionPlan.self_attention(segments)
-        x = self.embedding(token_ids, segments.positions())
-        for block in self.blocks:
-            x = block(x, plan, (0, segments.rows))
-        return x
+    def forward(self, passes: Sequence[TextPass], *, whole: bool = False) -> list[Tensor]:
+        packed = pack_passes(passes, 1, None, whole=whole)
+        return packed.split(_run(self.blocks, self.embedding(packed.token_ids, packed.positions), packed, None))
 
-    def describe(self, token_ids: Tensor, segments: Segments) -> PassInfo:
+    def describe(self, passes: Sequence[TextPass], *, whole: bool = False) -> PassInfo:
         """What a call processed, for a profile."""
-        return PassInfo("text_encoder", len(segments), segments.rows, segments.rows)
+        return describe_passes("text_encoder", passes)
 
 
 class AlbefFusionEncoder(nn.Module):
-    """The upper layers: captions read themselves and an image each.
+    """The upper layers: captions, as the text encoder has made them, read themselves and an image each.
 
-    Shape: rows ``[rows, dim]`` of the text encoder, image_rows ``[image_rows, vision_dim]`` -> ``[rows, dim]``; caption i reads image
-    ``images[i]``, numbers on the host or an int64 tensor ``[captions]``.
+    Shape: passes whose rows are ``[rows, dim]``, image_rows ``[image_rows, vision_dim]`` -> as `AlbefTextEncoder`.
     """
 
     def __init__(self, config: AlbefConfig) -> None:
@@ -184,22 +183,21 @@ class AlbefFusionEncoder(nn.Module):
         self.apply(init_transformer)
 
     def forward(
-        self,
-        rows: Tensor,
-        segments: Segments,
-        image_rows: Tensor,
-        image_segments: Segments,
-        images: Sequence[int] | Tensor,
-    ) -> Tensor:
-        plan = AttentionPlan.self_attention(segments)
-        cross_plan = AttentionPlan.cross_attention(segments, image_segments, images)
-        for block in self.blocks:
-            rows = block(rows, plan, (0, segments.rows), image_rows, cross_plan)
-        return rows
+        self, passes: Sequence[TextPass], image_rows: Tensor, image_segments: Segments, *, whole: bool = False
+    ) -> list[Tensor]:
+        packed = pack_passes(passes, 1, image_segments, whole=whole)
+        return packed.split(_run(self.blocks, packed.token_ids, packed, image_rows))
 
-    def describe(self, rows: Tensor, segments: Segments, *images: object) -> PassInfo:
+    def describe(self, passes: Sequence[TextPass], *images: object, whole: bool = False) -> PassInfo:
         """What a call processed, for a profile."""
-        return PassInfo("pair_encoder", len(segments), segments.rows, segments.rows)
+        return describe_passes("pair_encoder", passes)
+
+
+def _run(blocks: nn.ModuleList, x: Tensor, packed: PackedPasses, context: Tensor | None) -> Tensor:
+    for i, block in enumerate(blocks, 1):
+        read = packed.read if i == len(blocks) else None
+        x = block(x, packed.plan, packed.expert_offsets, context, packed.cross_plan, read=read)
+    return x
 
 
 class AlbefWordHead(nn.Module):
@@ -254,7 +252,13 @@ class AlbefEncoders(nn.Module):
 
     def encode_text(self, token_ids: Tensor, segments: Segments) -> Tensor:
         """Captions, without looking at an image -> contrastive features ``[captions, embed_dim]``, L2-normalised."""
-        return self.text_features(self.text_encoder(token_ids, segments), segments)
+        (rows,) = self.text_encoder([TextPass("itc", token_ids, segments, first_row_only=True)])
+        return unit_features(self.text_projection(rows))
+
+    def encode_words(self, token_ids: Tensor, segments: Segments) -> Tensor:
+        """Captions, without looking at an image -> ``[rows, dim]`` of the text encoder."""
+        (rows,) = self.text_encoder([TextPass("text", token_ids, segments)])
+        return rows
 
     def text_features(self, rows: Tensor, segments: Segments) -> Tensor:
         """Rows of the text encoder -> contrastive features ``[captions, embed_dim]``, L2-normalised."""
@@ -262,7 +266,8 @@ class AlbefEncoders(nn.Module):
 
     def fuse(self, rows: Tensor, segments: Segments, image: ImageOutput, images: Sequence[int] | Tensor) -> Tensor:
         """Rows of the text encoder, caption i with image ``images[i]`` -> ``[rows, dim]``."""
-        return self.fusion_encoder(rows, segments, image.rows, image.segments, images)
+        (fused,) = self.fusion_encoder([TextPass("fusion", rows, segments, images=images)], image.rows, image.segments)
+        return fused
 
     def word_weights(self) -> tuple[Tensor, Tensor]:
         """Weight ``[vocab_size, dim]`` and bias of the words: the weight is that of the input embeddings."""
@@ -282,6 +287,6 @@ class Albef(AlbefEncoders):
         self.itm_head = Linear(config.dim, 2)
         init_transformer(self.itm_head)
 
-    def matching_logits(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows of the fusion encoder -> ``[captions, 2]``; class 1 is "matches"."""
-        return self.itm_head(rows[segments.first_rows()])
+    def matching_logits(self, rows: Tensor) -> Tensor:
+        """First rows of the fusion encoder, ``[captions, dim]`` -> ``[captions, 2]``; class 1 is "matches"."""
+        return self.itm_head(rows)

@@ -31,10 +31,19 @@ from vlp_fast.modules import (
     PatchEmbedding,
     init_transformer,
 )
-from vlp_fast.passes import PassInfo
+from vlp_fast.passes import PassInfo, ReadRows
 from vlp_fast.segments import Segments
 
-__all__ = ["BEIT3_PRESETS", "Beit3", "Beit3Config", "Beit3Encoder", "Beit3MaskedModel", "Beit3Output", "beit3_preset"]
+__all__ = [
+    "BEIT3_PRESETS",
+    "Beit3",
+    "Beit3Config",
+    "Beit3Encoder",
+    "Beit3MaskedModel",
+    "Beit3Output",
+    "Beit3Read",
+    "beit3_preset",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +112,26 @@ class Beit3Output(NamedTuple):
     text_segments: Segments
 
 
+class Beit3ReadRows(NamedTuple):
+    """What the last layer computes where not all rows are read afterwards.
+
+    rows: int64, of the packed rows. plan: these as queries. expert_offsets: as `Beit3Layer` takes them, of these rows.
+    """
+
+    rows: Tensor
+    plan: AttentionPlan
+    expert_offsets: dict[int, tuple[int, ...]]
+
+
+class Beit3Read(NamedTuple):
+    """Rows that are read afterwards: int64 numbers of image rows and of text rows, rising, and how many of them each sample has."""
+
+    image: Tensor
+    image_counts: Sequence[int]
+    text: Tensor
+    text_counts: Sequence[int]
+
+
 class Beit3Layer(nn.Module):
     """x + attention(norm(x)), x + FFN(norm(x)), each with sub-LN inside and the weights of the row's expert.
 
@@ -128,10 +157,17 @@ class Beit3Layer(nn.Module):
         expert_offsets: Mapping[int, Sequence[int]],
         samples: Tensor | None,
         num_samples: int,
+        read: Beit3ReadRows | None = None,
     ) -> Tensor:
-        attending, feeding = expert_offsets[self.attention_experts], expert_offsets[self.ffn_experts]
+        """All rows, or with `read` those that are read afterwards."""
+        attending, own = expert_offsets[self.attention_experts], None
         normal = self.attention_norm(x, attending)
-        x = self._plus(x, lambda residual: self.attention(normal, plan, attending, residual), samples, num_samples)
+        if read is not None:
+            expert_offsets = read.expert_offsets
+            own = ReadRows(read.rows, read.plan, None, expert_offsets[self.attention_experts])
+            x, samples = x[read.rows], None if samples is None else samples[read.rows]
+        feeding = expert_offsets[self.ffn_experts]
+        x = self._plus(x, lambda residual: self.attention(normal, plan, attending, residual, own), samples, num_samples)
         return self._plus(x, lambda residual: self.ffn(self.ffn_norm(x, feeding), feeding, residual), samples, num_samples)
 
     def _plus(self, x: Tensor, branch: Callable[[Tensor | None], Tensor], samples: Tensor | None, num_samples: int) -> Tensor:
@@ -146,6 +182,7 @@ class Beit3Encoder(nn.Module):
 
     Shape: image ``[image rows, dim]``, text ``[text rows, dim]``, with the lengths of both parts of every sample -> the same shapes.
     causal_text: images read themselves only, and a text its image and, causally, itself; else all rows of a sample read all.
+    read: the last layer computes these rows only, which are returned; not with causal_text.
     Raises: ValueError with vision-language experts, if samples are not ordered: images alone, pairs, texts alone.
     """
 
@@ -162,6 +199,8 @@ class Beit3Encoder(nn.Module):
         text: Tensor,
         text_lengths: Sequence[int],
         causal_text: bool = False,
+        *,
+        read: Beit3Read | None = None,
     ) -> PassInfo:
         """What a call processed, for a profile."""
         rows = sum(image_lengths) + sum(text_lengths)
@@ -175,27 +214,52 @@ class Beit3Encoder(nn.Module):
         text: Tensor,
         text_lengths: Sequence[int],
         causal_text: bool = False,
+        *,
+        read: Beit3Read | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if read is not None and causal_text:
+            raise ValueError("read chooses rows that read their whole sample; it does not go with causal_text.")
         make_plan = AttentionPlan.prefix_causal if causal_text else AttentionPlan.joint
         plan = make_plan(image_lengths, text_lengths, image.device)
         split = image.shape[0]
         x = torch.cat([image, text]) if split and text.shape[0] else image if split else text
-        offsets = {1: (0, len(x)), 2: (0, split, len(x))}
-        if any(layer.ffn_experts == 3 for layer in self.layers):
-            offsets[3] = _pair_offsets(image_lengths, text_lengths)
+        offsets = self._offsets(image_lengths, text_lengths, image_lengths, text_lengths)
         samples = None
         if self.training:
             sample = torch.arange(len(image_lengths)).repeat(2)
             lengths = torch.tensor([*image_lengths, *text_lengths])
             samples = sample.repeat_interleave(lengths).to(x.device)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, plan, offsets, samples, len(image_lengths))
+        wanted = None
+        if read is not None:
+            runs = self._offsets(read.image_counts, read.text_counts, image_lengths, text_lengths)
+            queries = Segments([*read.image_counts, *read.text_counts], x.device)
+            assert plan.host_edges is not None
+            chosen = AttentionPlan.from_edges(queries, plan.key, plan.host_edges)
+            wanted = Beit3ReadRows(torch.cat([read.image, split + read.text]), chosen, runs)
+        x = last(x, plan, offsets, samples, len(image_lengths), wanted)
+        if wanted is not None and read is not None:
+            split, offsets = len(read.image), wanted.expert_offsets
         if self.norm is not None:
             x = self.norm(x, offsets[2])
         return x[:split], x[split:]
 
+    def _offsets(
+        self, image_counts: Sequence[int], text_counts: Sequence[int], image_lengths: Sequence[int], text_lengths: Sequence[int]
+    ) -> dict[int, tuple[int, ...]]:
+        """Runs of each expert, for every number of experts, of `counts` rows of samples whose parts have `lengths` rows."""
+        split, rows = sum(image_counts), sum(image_counts) + sum(text_counts)
+        offsets: dict[int, tuple[int, ...]] = {1: (0, rows), 2: (0, split, rows)}
+        if any(layer.ffn_experts == 3 for layer in self.layers):
+            offsets[3] = _pair_offsets(image_counts, text_counts, image_lengths, text_lengths)
+        return offsets
 
-def _pair_offsets(image_lengths: Sequence[int], text_lengths: Sequence[int]) -> tuple[int, int, int, int]:
+
+def _pair_offsets(
+    image_counts: Sequence[int], text_counts: Sequence[int], image_lengths: Sequence[int], text_lengths: Sequence[int]
+) -> tuple[int, int, int, int]:
     """Runs of the vision, the vision-language and the language expert: rows of samples with both parts lie in the middle."""
     kinds = [int(not image) - int(not text) for image, text in zip(image_lengths, text_lengths, strict=True) if image or text]
     if kinds != sorted(kinds):
@@ -203,9 +267,9 @@ def _pair_offsets(image_lengths: Sequence[int], text_lengths: Sequence[int]) -> 
             "with vision-language experts samples must be ordered: images alone, then pairs, then texts alone; received "
             f"image parts of {list(image_lengths)} and text parts of {list(text_lengths)} rows."
         )
-    rows = sum(image_lengths) + sum(text_lengths)
-    first = sum(image for image, text in zip(image_lengths, text_lengths, strict=True) if not text)
-    last = sum(text for image, text in zip(image_lengths, text_lengths, strict=True) if not image)
+    rows = sum(image_counts) + sum(text_counts)
+    first = sum(count for count, text in zip(image_counts, text_lengths, strict=True) if not text)
+    last = sum(count for count, image in zip(text_counts, image_lengths, strict=True) if not image)
     return 0, first, rows - last, rows
 
 
@@ -275,6 +339,35 @@ class Beit3(nn.Module):
         Raises: ValueError if there is not one caption per image.
         """
         return self._encode_pairs(images, token_ids, segments, mask, causal_text=False)
+
+    def encode_mixed(
+        self,
+        images: Tensor,
+        image_mask: Tensor | None,
+        token_ids: Tensor,
+        segments: Segments,
+        num_pairs: int,
+        read: Beit3Read | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Images alone, pairs and texts alone as one batch, one forward of the encoder.
+
+        Args:
+            images: those alone, then those of the pairs. image_mask: of all, or None. token_ids, segments: captions of the pairs, then
+                those alone. read: rows that are read afterwards; default: all.
+
+        Returns: image rows and text rows of the encoder, ``[rows, dim]`` each; of `read` those alone.
+        Raises: ValueError for fewer images or captions than pairs.
+        """
+        alone, texts = len(images) - num_pairs, len(segments) - num_pairs
+        if num_pairs < 0 or alone < 0 or texts < 0:
+            raise ValueError(
+                f"num_pairs must be from 0 to the number of images and of captions; received {num_pairs} for {len(images)} images and "
+                f"{len(segments)} captions."
+            )
+        image_lengths = [*[self.num_image_tokens] * len(images), *[0] * texts]
+        text_lengths = [*[0] * alone, *segments.lengths]
+        image, text = self.embed_images(images, image_mask), self.embed_text(token_ids, segments)
+        return self.encoder(image, image_lengths, text, text_lengths, read=read)
 
     def encode_captioned(self, images: Tensor, token_ids: Tensor, segments: Segments) -> Beit3Output:
         """Pairs, for captioning: caption i reads image i and, causally, itself; an image reads itself only.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.modules import Linear, PostNormBlock, TextEmbedding, VisionTransformer, init_transformer, unit_features
 from vlp_fast.ops import linear
-from vlp_fast.passes import PassInfo, TextPass, pack_passes, with_first_token
+from vlp_fast.passes import PassInfo, TextPass, describe_passes, pack_passes, with_first_token
 from vlp_fast.segments import Segments
 
 __all__ = [
@@ -143,7 +143,8 @@ class BlipTextTower(nn.Module):
         config: sizes. num_experts: 2 (encoder, decoder), or 1 for a tower that does one of both. context_dim: width of the rows that
             cross-attention reads, images or (in visual question answering) questions; None: the tower has no cross-attention.
 
-    Shape: passes -> one ``[rows, dim]`` per pass. Passes given together run as one packed forward.
+    Shape: passes -> one ``[rows, dim]`` per pass, or ``[captions, dim]`` where only first rows are read. Passes given together run as one
+    packed forward, whose last layer computes what is read afterwards; with `whole`, as the published code, all rows.
     """
 
     def __init__(self, config: BlipConfig, *, num_experts: int = 2, context_dim: int | None) -> None:
@@ -173,20 +174,25 @@ class BlipTextTower(nn.Module):
         self.apply(init_transformer)
 
     def forward(
-        self, passes: Sequence[TextPass], image_rows: Tensor | None = None, image_segments: Segments | None = None
+        self,
+        passes: Sequence[TextPass],
+        image_rows: Tensor | None = None,
+        image_segments: Segments | None = None,
+        *,
+        whole: bool = False,
     ) -> list[Tensor]:
-        packed = pack_passes(passes, self.num_experts, image_segments)
+        packed = pack_passes(passes, self.num_experts, image_segments, whole=whole)
         context = image_rows if packed.cross_plan is not None else None
         x = self.embedding(packed.token_ids, packed.positions)
-        for block in self.blocks:
-            x = block(x, packed.plan, packed.expert_offsets, context, packed.cross_plan)
-        return [x[a:b] for a, b in packed.bounds]
+        for i, block in enumerate(self.blocks, 1):
+            read = packed.read if i == len(self.blocks) else None
+            x = block(x, packed.plan, packed.expert_offsets, context, packed.cross_plan, read=read)
+        return packed.split(x)
 
-    def describe(self, passes: Sequence[TextPass], *images: object) -> PassInfo:
+    def describe(self, passes: Sequence[TextPass], *images: object, whole: bool = False) -> PassInfo:
         """What a call processed, for a profile."""
         roles = {"text_decoder" if p.causal else "text_encoder" for p in passes}
-        rows = sum(p.segments.rows for p in passes)
-        return PassInfo("+".join(sorted(roles)), sum(len(p.segments) for p in passes), rows, rows)
+        return describe_passes("+".join(sorted(roles)), passes)
 
 
 class Matching(nn.Module):
@@ -205,19 +211,23 @@ class Matching(nn.Module):
         segments = self.image_encoder.segments(len(images), rows.device)
         return ImageOutput(rows, segments, project(rows, segments, self.image_projection))
 
-    def encode_text(self, token_ids: Tensor, segments: Segments) -> Tensor:
-        """Captions, without looking at an image -> contrastive features ``[captions, embed_dim]``, L2-normalised."""
-        (rows,) = self.text_tower([TextPass("itc", token_ids, segments)])
-        return project(rows, segments, self.text_projection)
+    def encode_text(self, token_ids: Tensor, segments: Segments, *, whole: bool = False) -> Tensor:
+        """Captions, without looking at an image -> contrastive features ``[captions, embed_dim]``, L2-normalised.
+
+        whole: as in `BlipTextTower`.
+        """
+        (rows,) = self.text_tower([TextPass("itc", token_ids, segments, first_row_only=True)], whole=whole)
+        return unit_features(self.text_projection(rows))
 
     def matching_pass(self, name: str, token_ids: Tensor, segments: Segments, images: Sequence[int] | Tensor) -> TextPass:
-        """The pass that asks whether caption i describes image ``images[i]``: [ENC] first, every row sees the whole caption."""
+        """The pass that asks whether caption i describes image ``images[i]``: [ENC] first, every row sees the whole caption, and the
+        first one is read."""
         ids = with_first_token(token_ids, segments, self.config.enc_id)
-        return TextPass(name, ids, segments, expert=ENCODER, images=images)
+        return TextPass(name, ids, segments, expert=ENCODER, images=images, first_row_only=True, loss="itm")
 
-    def matching_logits(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows of a matching pass -> ``[captions, 2]``; class 1 is "matches"."""
-        return self.itm_head(rows[segments.first_rows()])
+    def matching_logits(self, rows: Tensor) -> Tensor:
+        """What a matching pass returns, ``[captions, dim]`` -> ``[captions, 2]``; class 1 is "matches"."""
+        return self.itm_head(rows)
 
 
 class Captioning(nn.Module):
@@ -236,7 +246,7 @@ class Captioning(nn.Module):
     def captioning_pass(self, token_ids: Tensor, segments: Segments, images: Sequence[int] | Tensor) -> TextPass:
         """The pass that predicts caption i of image ``images[i]`` word by word: [DEC] first, causal."""
         ids = with_first_token(token_ids, segments, self.config.dec_id)
-        return TextPass("lm", ids, segments, expert=self.decoder, causal=True, images=images)
+        return TextPass("lm", ids, segments, expert=self.decoder, causal=True, images=images, loss="lm")
 
     def word_hidden(self, rows: Tensor) -> Tensor:
         """Rows of a captioning pass -> ``[rows, dim]``, which the words meet."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.linear import Linear
 from vlp_fast.ops import attention
+from vlp_fast.passes import ReadRows
 
 __all__ = ["CrossAttention", "SelfAttention"]
 
@@ -23,7 +24,7 @@ class SelfAttention(nn.Module):
         dim: width of the rows. num_heads: heads; head_dim is ``dim // num_heads``. bias: of both projections.
         dropout_p: on the attention weights, while training. backend: as in `vlp_fast.ops.attention`.
 
-    Shape: x ``[rows, dim]``, plan over those rows as queries and keys -> ``[rows, dim]``.
+    Shape: x ``[rows, dim]``, plan over those rows as queries and keys -> ``[rows, dim]``; with `read`, those rows alone.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias)
         self.proj = Linear(dim, dim, bias)
 
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan, read: ReadRows | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if read is not None:
+            q, plan = q[read.rows], read.plan
         out = attention(q, k, v, plan, dropout_p=self.dropout_p if self.training else 0.0, backend=self.backend)
         return self.proj(out.flatten(1))
 

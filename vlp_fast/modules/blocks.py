@@ -10,6 +10,7 @@ from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.feedforward import MLP, DropPath
 from vlp_fast.modules.multiway import MultiwayAttention, MultiwayLayerNorm
+from vlp_fast.passes import ReadRows
 
 __all__ = ["PostNormBlock", "PreNormBlock"]
 
@@ -52,8 +53,13 @@ class PreNormBlock(nn.Module):
         *,
         samples: Tensor | None = None,
         num_samples: int = 0,
+        read: ReadRows | None = None,
     ) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x), plan), samples, num_samples)
+        """All rows, or with `read` those that are read afterwards."""
+        branch = self.attention(self.norm1(x), plan, read)
+        if read is not None:
+            x, cross_plan, samples = x[read.rows], read.cross_plan, None if samples is None else samples[read.rows]
+        x = x + self.drop_path(branch, samples, num_samples)
         if context is not None:
             assert cross_plan is not None
             branch = self.cross_attention(self.cross_norm(x), context, cross_plan)
@@ -100,12 +106,18 @@ class PostNormBlock(nn.Module):
         expert_offsets: Sequence[int],
         context: Tensor | None = None,
         cross_plan: AttentionPlan | None = None,
+        *,
+        read: ReadRows | None = None,
     ) -> Tensor:
+        """All rows, or with `read` those that are read afterwards."""
+        residual, offsets = x, expert_offsets
+        if read is not None:
+            residual, cross_plan, offsets = x[read.rows], read.cross_plan, read.expert_offsets
         if self.training and self.dropout.p > 0.0:
-            x = x + self.dropout(self.attention(x, plan, expert_offsets))
+            x = residual + self.dropout(self.attention(x, plan, expert_offsets, read=read))
         else:
-            x = self.attention(x, plan, expert_offsets, x)
-        x = self.attention_norm(x, expert_offsets)
+            x = self.attention(x, plan, expert_offsets, residual, read)
+        x = self.attention_norm(x, offsets)
         if context is not None:
             assert cross_plan is not None
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, context, cross_plan)))

@@ -14,6 +14,7 @@ from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import _check_heads
 from vlp_fast.ops import attention, multiway_layer_norm, multiway_linear
 from vlp_fast.ops._backends import attention_only
+from vlp_fast.passes import ReadRows
 
 __all__ = ["MultiwayAttention", "MultiwayFFN", "MultiwayLayerNorm", "MultiwayLinear"]
 
@@ -92,9 +93,18 @@ class MultiwayAttention(nn.Module):
         self.inner_norm = None if inner_eps is None else MultiwayLayerNorm(dim, num_experts, eps=inner_eps, backend=backend)
         self.proj = MultiwayLinear(dim, dim, num_experts, backend=backend)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int], residual: Tensor | None = None) -> Tensor:
-        """The branch; with `residual`, ``[rows, dim]``, its sum with the branch."""
+    def forward(
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        expert_offsets: Sequence[int],
+        residual: Tensor | None = None,
+        read: ReadRows | None = None,
+    ) -> Tensor:
+        """The branch; with `residual`, its sum with the branch. With `read`, of those rows alone, as is `residual` then."""
         q, k, v = self.qkv(x, expert_offsets).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if read is not None:
+            q, plan, expert_offsets = q[read.rows], read.plan, read.expert_offsets
         out = attention(q, k, v, plan, dropout_p=self.dropout_p if self.training else 0.0, backend=self.backend).flatten(1)
         if self.inner_norm is not None:
             out = self.inner_norm(out, expert_offsets)

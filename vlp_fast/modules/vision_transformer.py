@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.blocks import PreNormBlock
 from vlp_fast.modules.embeddings import PatchEmbedding, init_transformer
-from vlp_fast.passes import PassInfo
+from vlp_fast.passes import PassInfo, first_rows
 from vlp_fast.segments import Segments
 
 __all__ = ["VisionTransformer"]
@@ -58,12 +58,13 @@ class VisionTransformer(nn.Module):
         """The segments of this encoder's output for `batch` images."""
         return Segments([self.num_tokens] * batch, device)
 
-    def describe(self, images: Tensor) -> PassInfo:
+    def describe(self, images: Tensor, *, first_row_only: bool = False) -> PassInfo:
         """What a call processed, for a profile."""
         rows = len(images) * self.num_tokens
         return PassInfo("image_encoder", len(images), rows, rows)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, first_row_only: bool = False) -> Tensor:
+        """first_row_only: ``[batch, dim]``, the first row of each image; the last block computes no other."""
         batch = images.shape[0]
         x = self.patch_embedding(images)
         if self.class_token is not None:
@@ -72,6 +73,8 @@ class VisionTransformer(nn.Module):
         segments = self.segments(batch, x.device)
         plan = AttentionPlan.self_attention(segments)
         samples = torch.arange(batch, device=x.device).repeat_interleave(self.num_tokens) if self.training else None
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, plan, samples=samples, num_samples=batch)
-        return self.norm(x)
+        read = first_rows(segments) if first_row_only else None
+        return self.norm(last(x, plan, samples=samples, num_samples=batch, read=read))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlp_fast.data.batches import Batch
 from vlp_fast.data.masking import blockwise_mask, mask_tokens
-from vlp_fast.models.beit3 import Beit3Config, Beit3MaskedModel
+from vlp_fast.models.beit3 import Beit3Config, Beit3MaskedModel, Beit3Read
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
 from vlp_fast.segments import Segments
@@ -35,22 +35,26 @@ class VisualTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """images ``[batch, 3, S, S]``; mask bool ``[batch, patches]``; rows: masked rows of the encoder's output; targets: their ids."""
+    """images ``[batch, 3, S, S]``; mask bool ``[batch, patches]``; rows: masked rows of the encoder's output; targets: their ids;
+    counts: masked rows of each image, on the host."""
 
     images: Tensor
     mask: Tensor
     rows: Tensor
     targets: Tensor
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class MaskedTexts:
-    """token_ids int64 ``[rows]`` with some hidden; lengths of the captions; rows that are hidden; targets: what they were."""
+    """token_ids int64 ``[rows]`` with some hidden; lengths of the captions; rows that are hidden; targets: what they were; counts:
+    hidden rows of each caption, on the host."""
 
     token_ids: Tensor
     lengths: tuple[int, ...]
     rows: Tensor
     targets: Tensor
+    counts: tuple[int, ...]
 
     def segments(self) -> Segments:
         return Segments(self.lengths, self.token_ids.device)
@@ -65,6 +69,10 @@ class Beit3Inputs:
     pair_images: MaskedImages
     pair_texts: MaskedTexts
 
+    def parts(self) -> tuple[MaskedImages, MaskedTexts, MaskedImages, MaskedTexts]:
+        """images, texts, pair_images, pair_texts."""
+        return self.images, self.texts, self.pair_images, self.pair_texts
+
     def to(self, device: torch.device | str) -> Beit3Inputs:
         """The inputs on `device`."""
 
@@ -72,7 +80,7 @@ class Beit3Inputs:
             values = {f.name: getattr(part, f.name) for f in fields(part)}
             return replace(part, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
-        return Beit3Inputs(*(move(getattr(self, f.name)) for f in fields(self)))
+        return Beit3Inputs(*map(move, self.parts()))
 
 
 class Beit3Pretraining(PretrainingObjective):
@@ -80,7 +88,8 @@ class Beit3Pretraining(PretrainingObjective):
 
     Args:
         config: of the model. visual_tokenizer: gives the ids of patches; its codes must fit ``config.visual_vocab_size``.
-        mask_id, special_ids: of the text tokenizer; special tokens are never hidden. schedule: "published", three forwards.
+        mask_id, special_ids: of the text tokenizer; special tokens are never hidden. schedule: "packed", one forward of a mixed batch, or
+            "published", three.
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"mim": 1.0, "mlm": 1.0, "mvlm": 1.0}
@@ -92,7 +101,7 @@ class Beit3Pretraining(PretrainingObjective):
         *,
         mask_id: int,
         special_ids: Sequence[int],
-        schedule: str = "published",
+        schedule: str = "packed",
     ) -> None:
         super().__init__(schedule)
         if visual_tokenizer.num_codes > config.visual_vocab_size:
@@ -126,15 +135,51 @@ class Beit3Pretraining(PretrainingObjective):
         mask = blockwise_mask(len(images), grid, grid, IMAGE_RATIO, generator)
         image, patch = mask.nonzero(as_tuple=True)
         rows = image * self.model.num_image_tokens + 1 + patch  # the class token comes first
-        return MaskedImages(images, mask, rows, self.visual_tokenizer.encode(images)[image, patch])
+        counts = tuple(mask.sum(1).tolist())
+        return MaskedImages(images, mask, rows, self.visual_tokenizer.encode(images)[image, patch], counts)
 
     def _mask_texts(self, batch: Batch, ratio: float, generator: torch.Generator | None) -> MaskedTexts:
         masked = mask_tokens(batch.token_ids, batch.text_lengths, ratio, self.mask_id, self.special_ids, generator)
         rows = masked.masked_rows
-        return MaskedTexts(masked.input_ids, tuple(batch.text_lengths), rows, batch.token_ids[rows])
+        caption = torch.arange(batch.batch_size).repeat_interleave(torch.tensor(batch.text_lengths))
+        counts = tuple(torch.bincount(caption[rows], minlength=batch.batch_size).tolist())
+        return MaskedTexts(masked.input_ids, tuple(batch.text_lengths), rows, batch.token_ids[rows], counts)
 
     def forward(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
         """The three losses of one step: scalars "mim", "mlm", "mvlm" (the pair's image and text losses added)."""
+        return self._mixed(inputs) if self.packed else self._apart(inputs)
+
+    def _mixed(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
+        """One forward of the encoder, whose last layer computes masked rows only."""
+        model, (images, texts, pair_images, pair_texts) = self.model, inputs.parts()
+        read = Beit3Read(
+            torch.cat([images.rows, len(images.images) * model.num_image_tokens + pair_images.rows]),
+            [*images.counts, *pair_images.counts, *[0] * len(texts.lengths)],
+            torch.cat([pair_texts.rows, len(pair_texts.token_ids) + texts.rows]),
+            [*[0] * len(images.images), *pair_texts.counts, *texts.counts],
+        )
+        with loss_scope("mim"):
+            image, text = model.encode_mixed(
+                torch.cat([images.images, pair_images.images]),
+                torch.cat([images.mask, pair_images.mask]),
+                torch.cat([pair_texts.token_ids, texts.token_ids]),
+                Segments([*pair_texts.lengths, *texts.lengths], texts.token_ids.device),
+                len(pair_images.images),
+                read,
+            )
+        alone, paired = image.split([len(images.rows), len(pair_images.rows)])
+        described, other = text.split([len(pair_texts.rows), len(texts.rows)])
+        with loss_scope("mim"):
+            mim = self._loss(alone, model.visual_head, images.targets)
+        with loss_scope("mlm"):
+            mlm = self._loss(other, model.word_head, texts.targets)
+        with loss_scope("mvlm"):
+            mvlm = self._loss(paired, model.visual_head, pair_images.targets)
+            mvlm = mvlm + self._loss(described, model.word_head, pair_texts.targets)
+        return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
+
+    def _apart(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
+        """A forward for each kind of sample."""
         model = self.model
         with loss_scope("mim"):
             out = model.encode_image(inputs.images.images, inputs.images.mask)
@@ -149,5 +194,8 @@ class Beit3Pretraining(PretrainingObjective):
         return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
 
     def _masked(self, rows: Tensor, head: nn.Linear, masked: MaskedImages | MaskedTexts) -> Tensor:
-        """The loss of predicting what was hidden, from the hidden rows only; 0 where nothing is hidden."""
-        return linear_cross_entropy(rows, head.weight, masked.targets, head.bias, rows=masked.rows, backend=self.backend)
+        return self._loss(rows[masked.rows], head, masked.targets)
+
+    def _loss(self, rows: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+        """The loss of predicting what was hidden, from the hidden rows; 0 where nothing is hidden."""
+        return linear_cross_entropy(rows, head.weight, targets, head.bias, backend=self.backend)

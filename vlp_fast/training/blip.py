@@ -1,7 +1,8 @@
 """BLIP's pretraining step: image-text contrast, image-text matching and captioning (section 3.2 of the paper).
 
 The passes are those of the published code: one image forward and its momentum twin, captions read alone (and by the momentum tower),
-against their own image, against hard negatives of both kinds, and causally. Captions are packed: no padding exists anywhere.
+against their own image, against hard negatives of both kinds, and causally; the last three may share a forward. Captions are packed: no
+padding exists anywhere.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.distributed import gather_features
-from vlp_fast.models.blip import Blip, BlipConfig, BlipImageEncoder, BlipTextTower, project
-from vlp_fast.modules import Linear
+from vlp_fast.models.blip import Blip, BlipConfig, BlipImageEncoder, BlipTextTower
+from vlp_fast.modules import Linear, unit_features
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import TextPass, loss_scope
 from vlp_fast.segments import Segments
@@ -47,14 +48,15 @@ class BlipPretraining(PretrainingObjective):
     In a process group every process contrasts its own pairs with its own keys and the queue, which takes the keys of all.
 
     Args:
-        config: of the model. schedule: "published".
+        config: of the model. schedule: "packed": the passes that match and caption are one forward, which projects each image to keys and
+            values once per layer; or "published", one forward each.
 
     Example: ``losses = step(batch); step.total(losses).backward()``
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
 
-    def __init__(self, config: BlipConfig, schedule: str = "published") -> None:
+    def __init__(self, config: BlipConfig, schedule: str = "packed") -> None:
         super().__init__(schedule)
         self.model = Blip(config)
         self.momentum = BlipMomentum(self.model)
@@ -76,60 +78,68 @@ class BlipPretraining(PretrainingObjective):
         """The three losses of one step; updates the momentum encoders and the queue.
 
         Args:
-            batch: images and packed captions ([CLS] words [SEP]); caption i describes image i; at least 2 pairs.
+            batch: images and packed captions ([CLS] words [SEP]); at least 2 pairs. An image with several captions is encoded once and
+                counts as often as it has captions, in the queue too.
             alpha: share of the momentum encoders' soft targets (BLIP: 0.4, reached linearly over the first two epochs).
-            negatives: (image for caption i, caption for image i), int64 ``[batch]`` each; default: drawn by similarity. The second is
-                read on the host, the one place where a step waits for the device: captions differ in length.
+            negatives: of pair i, the pair whose image is wrong for its caption and the pair whose caption is wrong for its image, int64
+                ``[captions]`` each; default: drawn by similarity. They are read on the host, the one place where a step waits for the
+                device: captions differ in length.
 
         Returns: scalars "itc", "itm", "lm".
         """
-        model, ids, captions = self.model, batch.token_ids, batch.segments()
-        if len(captions) != len(batch.images):
-            raise ValueError(
-                f"a step needs one caption per image; received {len(captions)} captions for {len(batch.images)} images."
-            )
+        model, ids, captions, size = self.model, batch.token_ids, batch.segments(), batch.batch_size
+        image_of = batch.image_of()
         with torch.no_grad():
             model.temperature.clamp_(*TEMPERATURE_RANGE)
         with loss_scope("itc"):
             image = model.encode_image(batch.images)
-            text_features = model.encode_text(ids, captions)
+            image_features = batch.of_captions(image.features)
+            text_features = model.encode_text(ids, captions, whole=not self.packed)
             with torch.no_grad():
                 self.momentum.update(model)
                 image_keys, text_keys = self._keys(batch)
-            own, scale = slice(0, len(captions)), 1.0 / model.temperature
+            own, scale = slice(0, size), 1.0 / model.temperature
             i2t = losses.distilled_contrastive_loss(
-                image.features, image_keys[own], text_keys, scale, alpha, backend=self.backend
+                image_features, image_keys[own], text_keys, scale, alpha, backend=self.backend
             )
             t2i = losses.distilled_contrastive_loss(
                 text_features, text_keys[own], image_keys, scale, alpha, backend=self.backend
             )
             itc = (i2t + t2i) / 2
             self.momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
-
-        with loss_scope("itm"):
-            size = len(captions)
             if negatives is None:
                 negatives = (
                     losses.hard_negatives(text_features, image_keys[own], scale, backend=self.backend),
-                    losses.hard_negatives(image.features, text_keys[own], scale, backend=self.backend),
+                    losses.hard_negatives(image_features, text_keys[own], scale, backend=self.backend),
                 )
-            image_index, text_index = negatives
-            rows, other_captions = captions.take(text_index.tolist())  # lengths change here: the step's one host sync
-            paired = torch.arange(size, device=image_index.device)
-            positive = model.matching_pass("itm_positive", ids, captions, range(size))
-            both_ids = torch.cat([ids, ids[rows]])
-            both = Segments([*captions.lengths, *other_captions.lengths], ids.device)
-            negative = model.matching_pass("itm_negative", both_ids, both, torch.cat([image_index, paired]))
-            logits = [model.matching_logits(self._run(p, image.rows, image.segments), p.segments) for p in (positive, negative)]
-            itm = losses.matching_loss(torch.cat(logits), num_positive=size)
+            # the step's one host sync: captions differ in length, so which are negatives decides how many rows follow
+            other_image, other_caption = torch.stack(negatives).tolist()
 
+        rows, other_captions = captions.take(other_caption)
+        both_ids = torch.cat([ids, ids[rows]])
+        both = Segments([*captions.lengths, *other_captions.lengths], ids.device)
+        predicts, words, word_segments = captions.rows_before_last(1), ids, captions
+        # nothing reads the last row of a causal pass: its token is predicted only
+        without_last = self.packed and min(captions.lengths) > 1
+        if without_last:
+            words, word_segments = ids[predicts], Segments([n - 1 for n in captions.lengths], ids.device)
+        passes = [
+            model.matching_pass("itm_positive", ids, captions, image_of),
+            model.matching_pass("itm_negative", both_ids, both, [*(image_of[i] for i in other_image), *image_of]),
+            model.captioning_pass(words, word_segments, image_of),
+        ]
+        found: list[Tensor] = []
+        for group in self.grouped(passes):
+            with loss_scope(str(group[0].loss)):
+                found += model.text_tower(group, image.rows, image.segments, whole=not self.packed)
+        positive, negative, hidden = found
+
+        with loss_scope("itm"):
+            itm = losses.matching_loss(model.matching_logits(torch.cat([positive, negative])), num_positive=size)
         with loss_scope("lm"):
-            captioning = model.captioning_pass(ids, captions, range(size))
-            hidden = self._run(captioning, image.rows, image.segments)
-            predicts = captions.rows_before_last(1)
             weight, bias = model.word_weights()
             lm = linear_cross_entropy(
-                model.word_hidden(hidden[predicts]),
+                model.word_hidden(hidden if without_last else hidden[predicts]),
                 weight,
                 ids[predicts + 1],
                 bias,
@@ -138,16 +148,15 @@ class BlipPretraining(PretrainingObjective):
             )
         return {"itc": itc, "itm": itm, "lm": lm}
 
-    def _run(self, text_pass: TextPass, image_rows: Tensor, image_segments: Segments) -> Tensor:
-        (rows,) = self.model.text_tower([text_pass], image_rows, image_segments)
-        return rows
-
     def _keys(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Momentum features of this batch, then the queue: ``[batch + queue, embed_dim]`` for images and for captions."""
+        """Momentum features of this batch, then the queue: ``[captions + queue, embed_dim]`` for images and for captions."""
         momentum, captions = self.momentum, batch.segments()
-        rows = momentum.image_encoder(batch.images)
-        segments = momentum.image_encoder.segments(len(batch.images), rows.device)
-        image = project(rows, segments, momentum.image_projection)
-        (text_rows,) = momentum.text_tower([TextPass("itc_momentum", batch.token_ids, captions)])
-        text = project(text_rows, captions, momentum.text_projection)
-        return momentum.keys(image, text)
+        if self.packed:
+            first = momentum.image_encoder(batch.images, first_row_only=True)
+        else:
+            rows = momentum.image_encoder(batch.images)
+            first = rows[momentum.image_encoder.segments(len(batch.images), rows.device).first_rows()]
+        image = unit_features(momentum.image_projection(first))
+        text_pass = TextPass("itc_momentum", batch.token_ids, captions, first_row_only=True)
+        (text_rows,) = momentum.text_tower([text_pass], whole=not self.packed)
+        return momentum.keys(batch.of_captions(image), unit_features(momentum.text_projection(text_rows)))

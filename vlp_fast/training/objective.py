@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,17 @@ from vlp_fast.data.batches import Batch
 from vlp_fast.ops import attention_only
 
 __all__ = ["SCHEDULES", "PretrainingObjective"]
+T = TypeVar("T")
 
-SCHEDULES = ("published",)  # the forwards of the original code, one group of passes each
+# as few forwards as the data allow, of which the last layers compute what is read afterwards; or the forwards of the original code
+SCHEDULES = ("packed", "published")
 
 
 class PretrainingObjective(nn.Module):
     """A model with what its pretraining needs; `forward` makes every loss of one step in one call (so wrap this one in DDP).
 
     Args:
-        schedule: how passes are grouped into forwards: "published".
+        schedule: how passes are grouped into forwards: "packed" or "published". Losses and gradients are the same.
 
     Attributes:
         loss_weights: weight of each named loss in `total`.
@@ -34,6 +36,15 @@ class PretrainingObjective(nn.Module):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; received {schedule!r}.")
         self.schedule = schedule
+
+    @property
+    def packed(self) -> bool:
+        """Whether passes that need not wait for each other share a forward."""
+        return self.schedule == "packed"
+
+    def grouped(self, passes: Sequence[T]) -> list[list[T]]:
+        """The passes of each forward: all in one, or one in each."""
+        return [list(passes)] if self.packed else [[p] for p in passes]
 
     @property
     def backend(self) -> str | None:

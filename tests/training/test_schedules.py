@@ -1,0 +1,134 @@
+"""A schedule says how passes are grouped, not what they compute: packed and published steps have the same losses and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlp_fast.data.batches import Batch
+from vlp_fast.models.vlmo import vlmo_preset
+from vlp_fast.training import build_pretraining
+from vlp_fast.training.vlmo import VlmoPretraining
+
+SMALL = {"image_size": 32, "vocab_size": 100}
+QUEUE = {"queue_size": 16}
+CONFIGS = {
+    "blip": QUEUE,
+    "albef": QUEUE,
+    "coca": {},
+    "beit3": {},
+    "beit3 of the paper": {"share_attention": True, "vl_experts_from_layer": 1},
+    "vlmo": {},
+    "vlmo absolute": {"relative": False},
+}
+LENGTHS = {"ragged": (6, 9, 4, 12), "length one": (1, 9, 1, 2), "all alike": (5, 5, 5, 5)}
+# several captions of an image, and images that nothing describes
+SHARED = (1, 0, 1, 1)
+
+
+def make_step(name, schedule, dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    model, options = name.split()[0], {**SMALL, **CONFIGS[name], **changes}
+    if model == "vlmo":
+        step = VlmoPretraining(vlmo_preset("tiny", **options), mask_id=3, special_ids=(0, 1, 2), schedule=schedule)
+    else:
+        step = build_pretraining(model, "tiny", schedule=schedule, **options)
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return step.to(dtype).train()
+
+
+def make_batch(lengths, image_index=None, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    count = len(lengths) if image_index is None else max(image_index) + 1
+    images = torch.randn(count, 3, 32, 32, generator=generator).to(dtype)
+    ids = torch.randint(5, 95, (sum(lengths),), generator=generator)
+    return Batch(images, ids, tuple(lengths), ("",) * len(lengths), image_index)
+
+
+def run(step, batch, negatives):
+    inputs = step.prepare(batch, torch.Generator().manual_seed(2))
+    given = {} if negatives is None else {"negatives": tuple(torch.tensor(n) for n in negatives)}
+    losses = step(inputs, **given)
+    step.total(losses).backward()
+    return losses, {name: p.grad for name, p in step.named_parameters()}, dict(step.named_buffers())
+
+
+def compare(name, batch, negatives, dtype, within):
+    """within: of the largest gradient of each parameter, and of each loss."""
+    found, expected = (run(make_step(name, schedule, dtype), batch, negatives) for schedule in ("packed", "published"))
+    assert found[0].keys() == expected[0].keys()
+    for loss in expected[0]:
+        torch.testing.assert_close(found[0][loss], expected[0][loss], rtol=within, atol=within)
+    compared = 0
+    for parameter, gradient in expected[1].items():
+        own = found[1][parameter]
+        assert (own is None) == (gradient is None), parameter
+        if gradient is not None:
+            error = float((own - gradient).abs().max())
+            assert error <= within * max(float(gradient.abs().max()), 1e-3), f"{parameter}: {error}"
+            compared += 1
+    assert compared > 20
+    for buffer, value in expected[2].items():
+        torch.testing.assert_close(found[2][buffer], value, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_schedules_have_equal_losses_and_gradients(name, lengths):
+    if lengths == "length one" and name.split()[0] in ("vlmo", "albef"):
+        pytest.skip("every caption has a word to hide")
+    negatives = ([1, 0, 0, 0], [3, 3, 1, 1]) if name.split()[0] in ("blip", "albef", "vlmo") else None  # some of them repeated
+    compare(name, make_batch(LENGTHS[lengths]), negatives, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_schedules_are_equal_in_float32(name):
+    negatives = ([1, 0, 0, 0], [3, 3, 1, 1]) if name.split()[0] in ("blip", "albef", "vlmo") else None
+    compare(name, make_batch(LENGTHS["ragged"], dtype=torch.float32), negatives, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["packed", "published"])
+@pytest.mark.parametrize("name", ["blip", "albef", "coca"])
+def test_several_captions_of_an_image_are_as_images_repeated(name, schedule):
+    """Losses are those of a batch that repeats the image; its gradients too, but it is encoded once."""
+    given = None if name == "coca" else ([1, 0, 3, 2], [3, 3, 1, 1])
+    batch = make_batch(LENGTHS["ragged"], SHARED)
+    repeated = replace(batch, images=batch.images[list(SHARED)], image_index=None)
+    (losses, gradients, _), (others, wanted, _) = (run(make_step(name, schedule), b, given) for b in (batch, repeated))
+    for loss in others:
+        torch.testing.assert_close(losses[loss], others[loss], rtol=1e-10, atol=1e-10)
+    for parameter, gradient in wanted.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-8, atol=1e-10)
+    counted = []
+    step = make_step(name, schedule)
+    step.towers()["image_encoder"].register_forward_pre_hook(lambda module, args: counted.append(len(args[0])))
+    run(step, batch, given)
+    assert counted == [2]
+
+
+@pytest.mark.parametrize("name", ["blip", "albef", "beit3", "vlmo"])
+def test_schedules_have_the_same_statistics_under_dropout(name):
+    """Dropout draws other numbers in another schedule: means over many draws agree, and single draws do not."""
+    changes = {"drop_path": 0.3} if name in ("beit3", "vlmo") else {"dropout_p": 0.3}
+    means = {}
+    for schedule in ("packed", "published"):
+        step = make_step(name, schedule, torch.float32, **changes)
+        inputs = step.prepare(make_batch(LENGTHS["ragged"], dtype=torch.float32), torch.Generator().manual_seed(2))
+        negatives = tuple(torch.tensor(n) for n in ([1, 0, 0, 0], [3, 3, 1, 1]))
+        given = {"negatives": negatives} if name != "beit3" else {}
+        queues = {n: b.clone() for n, b in step.named_buffers()}
+        with torch.no_grad():
+            draws = []
+            for _ in range(60):
+                draws.append(torch.stack(list(step(inputs, **given).values())))
+                for n, b in step.named_buffers():
+                    b.copy_(queues[n])
+        means[schedule] = torch.stack(draws)
+    found, expected = means["packed"], means["published"]
+    error = (found.var(0) / len(found) + expected.var(0) / len(expected)).sqrt()
+    assert ((found.mean(0) - expected.mean(0)).abs() < 4.5 * error + 1e-6).all()
+    assert (found.std(0) > 0).all()
+    assert ((found.std(0) / expected.std(0)).log().abs() < 0.5).all()
