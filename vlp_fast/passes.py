@@ -27,6 +27,7 @@ __all__ = [
     "current_loss",
     "describe_passes",
     "first_rows",
+    "leading_rows",
     "loss_scope",
     "observe_losses",
     "pack_passes",
@@ -125,6 +126,16 @@ def first_rows(segments: Segments) -> ReadRows:
     """The first row of every segment, each reading all of its own (the class token of an image)."""
     plan = AttentionPlan.cross_attention(Segments([1] * len(segments), segments.device), segments)
     return ReadRows(segments.first_rows(), plan, None, (0, len(segments)))
+
+
+def leading_rows(plan: AttentionPlan, kept: Sequence[int], expert_offsets: Sequence[int]) -> ReadRows:
+    """The first ``kept[i]`` rows of every query segment of a plan whose queries and keys are the same rows."""
+    counts = np.asarray(kept, np.int64)
+    numbers = np.arange(int(counts.sum())) + np.repeat(plan.query.host_offsets[:-1] - (np.cumsum(counts) - counts), counts)
+    assert plan.host_edges is not None
+    chosen = AttentionPlan.from_edges(Segments(counts, plan.device), plan.key, plan.host_edges)
+    offsets = tuple(int((numbers < offset).sum()) for offset in expert_offsets)
+    return ReadRows(_to_device(numbers, plan.device), chosen, None, offsets)
 
 
 class PackedPasses(NamedTuple):

@@ -34,7 +34,7 @@ def test_results_go_to_stdout_in_100_plain_columns():
 @pytest.mark.parametrize(
     ("arguments", "sentence", "code"),
     [
-        (["blop"], "model must be one of blip, coca, beit3, albef; received 'blop'.", 2),
+        (["blop"], "model must be one of blip, coca, beit3, albef, vlmo; received 'blop'.", 2),
         (["--dtype", "fp16", "--device", "cpu"], "dtype 'fp16' is not available on the CPU", 2),
         (["--data", "/no/such/place"], "there is no file or folder /no/such/place", 1),
         (["--batch", "many"], "Invalid value for '--batch'", 2),

@@ -20,6 +20,7 @@ CONFIGS = {
     "beit3 of the paper": {"share_attention": True, "vl_experts_from_layer": 1},
     "vlmo": {},
     "vlmo absolute": {"relative": False},
+    "vlmo without top layers": {"vl_start": 3},
 }
 LENGTHS = {"ragged": (6, 9, 4, 12), "length one": (1, 9, 1, 2), "all alike": (5, 5, 5, 5)}
 # several captions of an image, and images that nothing describes
@@ -67,7 +68,9 @@ def compare(name, batch, negatives, dtype, within):
         assert (own is None) == (gradient is None), parameter
         if gradient is not None:
             error = float((own - gradient).abs().max())
-            assert error <= within * max(float(gradient.abs().max()), 1e-3), f"{parameter}: {error}"
+            # the gradient of a temperature is a sum whose terms cancel
+            least = 1.0 if gradient.dim() == 0 else 1e-3
+            assert error <= within * max(float(gradient.abs().max()), least), f"{parameter}: {error}"
             compared += 1
     assert compared > 20
     for buffer, value in expected[2].items():
@@ -90,7 +93,7 @@ def test_schedules_are_equal_in_float32(name):
 
 
 @pytest.mark.parametrize("schedule", ["packed", "published"])
-@pytest.mark.parametrize("name", ["blip", "albef", "coca"])
+@pytest.mark.parametrize("name", ["blip", "albef", "coca", "vlmo"])
 def test_several_captions_of_an_image_are_as_images_repeated(name, schedule):
     """Losses are those of a batch that repeats the image; its gradients too, but it is encoded once."""
     given = None if name == "coca" else ([1, 0, 3, 2], [3, 3, 1, 1])
@@ -102,6 +105,8 @@ def test_several_captions_of_an_image_are_as_images_repeated(name, schedule):
     for parameter, gradient in wanted.items():
         if gradient is not None:
             torch.testing.assert_close(gradients[parameter], gradient, rtol=1e-8, atol=1e-10)
+    if name == "vlmo":  # its images are encoded with captions
+        return
     counted = []
     step = make_step(name, schedule)
     step.towers()["image_encoder"].register_forward_pre_hook(lambda module, args: counted.append(len(args[0])))

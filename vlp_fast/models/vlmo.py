@@ -25,7 +25,7 @@ from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.modules import DropPath, Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, init_transformer
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
 from vlp_fast.ops import attention, linear
-from vlp_fast.passes import PassInfo
+from vlp_fast.passes import PassInfo, leading_rows
 from vlp_fast.segments import Segments
 
 __all__ = [
@@ -135,20 +135,31 @@ class VlmoPairs(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------- layers
 
 
-class VlmoPlan(NamedTuple):
-    """What all layers of one forward share.
+class VlmoRead(NamedTuple):
+    """The rows that the last layer computes, int64; who reads whom with these as queries; entries of the bias table; their experts."""
 
-    plan: who reads whom. pairs: entries of the bias table, empty without one. text_rows, rows: where images begin and end.
-    samples, parts: int64 ``[rows]``, the sample of each row and its text or image part, for stochastic depth; num_samples.
+    rows: Tensor
+    plan: AttentionPlan
+    pairs: list[Tensor]
+    offsets: tuple[int, ...]
+
+
+class VlmoStage(NamedTuple):
+    """What layers with the same rows share.
+
+    plan: who reads whom. positions: int64 ``[rows]``, what the bias depends on. pairs: entries of its table; both empty without one.
+    offsets: rows of each expert. samples, parts: int64 ``[rows]``, what stochastic depth drops together in attention and in the FFN,
+    `drops` of them at most; None while it does not drop. read: what the last layer computes; None: all rows.
     """
 
     plan: AttentionPlan
+    positions: Tensor | None
     pairs: list[Tensor]
-    text_rows: int
-    rows: int
+    offsets: tuple[int, ...]
     samples: Tensor | None
     parts: Tensor | None
-    num_samples: int
+    drops: int
+    read: VlmoRead | None = None
 
 
 class VlmoAttention(nn.Module):
@@ -163,13 +174,16 @@ class VlmoAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, shared: VlmoPlan, table: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, reads: VlmoStage | VlmoRead, table: Tensor | None) -> Tensor:
+        """Of all rows, or of those that are read."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = linear(x, self.qkv.weight, bias).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if isinstance(reads, VlmoRead):
+            q = q[reads.rows]
         if table is None:
-            out = attention(q, k, v, shared.plan, backend=self.backend)
+            out = attention(q, k, v, reads.plan, backend=self.backend)
         else:
-            out = biased_attention(q, k, v, shared.plan, table, shared.pairs)
+            out = biased_attention(q, k, v, reads.plan, table, reads.pairs)
         return self.proj(out.flatten(1))
 
 
@@ -192,19 +206,16 @@ class VlmoLayer(nn.Module):
         self.ffn_scale = _scale(dim, config.layer_scale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, shared: VlmoPlan, table: Tensor | None, vl: bool) -> Tensor:
-        """vl: whether the vision-language expert takes all rows, where this layer has one."""
-        text, rows, n = shared.text_rows, shared.rows, shared.num_samples
-        branch = _scaled(self.attention(self.attention_norm(x), shared, table), self.attention_scale)
-        x = x + self.drop_path(branch, shared.samples, n)
-        if self.num_experts == 2:
-            offsets: tuple[int, ...] = (0, text, rows)
-        else:
-            offsets = (0, 0, 0, rows) if vl else (0, text, rows, rows)
+    def forward(self, x: Tensor, stage: VlmoStage, table: Tensor | None, read: VlmoRead | None = None) -> Tensor:
+        """All rows, or with `read` those that are read afterwards."""
+        offsets, samples, parts = stage.offsets, stage.samples, stage.parts
+        branch = _scaled(self.attention(self.attention_norm(x), read or stage, table), self.attention_scale)
+        if read is not None:
+            x, offsets = x[read.rows], read.offsets
+            samples, parts = (None if t is None else t[read.rows] for t in (samples, parts))
+        x = x + self.drop_path(branch, samples, stage.drops)
         branch = _scaled(self.fc2(self.fc1(self.ffn_norm(x, offsets), offsets), offsets), self.ffn_scale)
-        if self.num_experts == 3 and vl:
-            return x + self.drop_path(branch, shared.samples, n)
-        return x + self.drop_path(branch, shared.parts, 2 * n)  # each expert's branch is dropped on its own
+        return x + self.drop_path(branch, parts, stage.drops)
 
 
 def _scale(dim: int, start: float | None) -> nn.Parameter | None:
@@ -235,45 +246,135 @@ class VlmoEncoder(nn.Module):
             self.buckets: Tensor
             self.relative_bias = nn.Parameter(torch.zeros(entries, config.depth, config.num_heads))
 
-    def describe(self, rows: Tensor, text_lengths: Sequence[int], image_lengths: Sequence[int], vl: Sequence[bool]) -> PassInfo:
+    def describe(
+        self,
+        rows: Tensor,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        vl: Sequence[bool] = (),
+        *,
+        first_row_only: bool = False,
+        num_pairs: int | None = None,
+    ) -> PassInfo:
         """What a call processed, for a profile."""
         kinds = {(True, True): "pair_encoder", (True, False): "text_encoder"}
         kind = kinds.get((any(text_lengths), any(image_lengths)), "image_encoder")
-        return PassInfo(kind, len(text_lengths), len(rows), len(rows))
+        samples = len(text_lengths) if num_pairs is None else len(text_lengths) + len(image_lengths) - num_pairs
+        return PassInfo(kind, samples, len(rows), len(rows))
 
     def forward(
-        self, rows: Tensor, text_lengths: Sequence[int], image_lengths: Sequence[int], vl: Sequence[bool]
+        self,
+        rows: Tensor,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        vl: Sequence[bool] = (),
+        *,
+        first_row_only: bool = False,
+        num_pairs: int | None = None,
     ) -> list[Tensor]:
-        """The lower layers once; the top layers for each entry of `vl`, with their vision-language experts where it is True."""
-        shared = self._plan(text_lengths, image_lengths, rows.device)
-        for i in range(self.vl_start):
-            rows = self.layers[i](rows, shared, self._table(i), False)
+        """The lower layers once; the top layers for each entry of `vl`, with their vision-language experts where it is True.
+
+        first_row_only: ``[samples, dim]``, the first row of each sample's text; the last layer computes no other.
+        num_pairs: not samples with two parts, but texts alone, so many pairs, images alone: see `_mixed`.
+        """
+        if num_pairs is not None:
+            return self._mixed(rows, text_lengths, image_lengths, num_pairs)
+        text, total = sum(text_lengths), len(rows)
+        plan = AttentionPlan.joint(text_lengths, image_lengths, rows.device)
+        alike = len(set(zip(text_lengths, image_lengths, strict=True))) == 1
+        parts = self._dropped(torch.arange(2 * len(text_lengths)), plan)  # each expert's branch is dropped on its own
+        samples = None if parts is None else parts % max(len(text_lengths), 1)
+        positions = self._positions(plan, text)
+        pairs = self._pairs(plan, positions, alike=alike)
+        lower = VlmoStage(plan, positions, pairs, (0, text, total), samples, parts, 2 * len(text_lengths))
+        kept = [*[1] * len(text_lengths), *[0] * len(text_lengths)] if first_row_only else None
+        rows = self._run(rows, 0, self.vl_start, lower)
         outs = []
         for joint in vl:
-            x = rows
-            for i in range(self.vl_start, len(self.layers)):
-                x = self.layers[i](x, shared, self._table(i), joint)
-            outs.append(self.norm(x))
+            if joint:
+                top = lower._replace(offsets=(0, 0, 0, total), parts=samples)
+            else:
+                top = lower._replace(offsets=(0, text, total, total))
+            outs.append(self._top(rows, top if kept is None else self._reading(top, kept)))
         return outs
 
-    def _table(self, layer: int) -> Tensor | None:
-        return None if self.relative_bias is None else self.relative_bias[:, layer]
+    def _mixed(self, rows: Tensor, text_lengths: Sequence[int], image_lengths: Sequence[int], num_pairs: int) -> list[Tensor]:
+        """Texts alone, pairs and images alone in one forward, whose top layers have the vision-language experts for pairs, and for all
+        that is alone both kinds: its rows are there twice.
 
-    def _plan(self, text_lengths: Sequence[int], image_lengths: Sequence[int], device: torch.device) -> VlmoPlan:
-        plan = AttentionPlan.joint(text_lengths, image_lengths, device)
-        text, n = sum(text_lengths), len(text_lengths)
-        pairs: list[Tensor] = []
-        if self.relative_bias is not None:
-            # text positions come first in the table, so those of an image begin behind the longest text
-            positions = plan.query.positions()
-            positions[text:] += self.max_positions
-            alike = len(set(zip(text_lengths, image_lengths, strict=True))) == 1
-            pairs = pair_buckets(plan, positions, self.buckets, alike=alike)
-        samples = parts = None
-        if self.training:
-            parts = torch.arange(2 * n).repeat_interleave(torch.tensor(plan.query.lengths)).to(device)
-            samples = parts % max(n, 1)
-        return VlmoPlan(plan, pairs, text, plan.query.rows, samples, parts, n)
+        Args:
+            rows: of texts alone, of the pairs' texts, of the pairs' images, of images alone. text_lengths: of the former two.
+                image_lengths: of the latter two.
+
+        Returns: first rows of texts alone, of images alone, both again from the vision-language experts; text rows of the pairs.
+        """
+        texts, images = len(text_lengths) - num_pairs, len(image_lengths) - num_pairs
+        alone_text, alone_image = sum(text_lengths[:texts]), sum(image_lengths[num_pairs:])
+        parts_of_text, parts_of_image = [*text_lengths, *[0] * images], [*[0] * texts, *image_lengths]
+        samples, text, total = texts + num_pairs + images, sum(text_lengths), len(rows)
+        plan = AttentionPlan.joint(parts_of_text, parts_of_image, rows.device)
+        dropped = self._dropped(torch.arange(2 * samples), plan)
+        positions = self._positions(plan, text)
+        by_sample = None if dropped is None else dropped % samples
+        lower = VlmoStage(plan, positions, self._pairs(plan, positions), (0, text, total), by_sample, dropped, 2 * samples)
+        rows = self._run(rows, 0, self.vl_start, lower)
+
+        # what is alone goes to the experts of its modality in front of all rows, which go to those of both
+        lengths = [*text_lengths[:texts], *image_lengths[num_pairs:]]
+        front, alone = len(lengths), alone_text + alone_image
+        assert plan.host_edges is not None
+        edges = [(i, i, False) for i in range(front)]
+        edges += [(front + query, front + key, bool(causal)) for query, key, causal in plan.host_edges.tolist()]
+        segments = Segments([*lengths, *plan.query.lengths], rows.device)
+        both = AttentionPlan.from_edges(segments, segments, edges)
+        again = torch.cat([torch.arange(front), front + torch.arange(2 * samples) % samples])
+        groups = self._dropped(again, both)
+        split = total - alone_image
+        if positions is not None:
+            positions = torch.cat([positions[:alone_text], positions[split:], positions])
+        offsets = (0, alone_text, alone, alone + total)
+        top = VlmoStage(both, positions, self._pairs(both, positions), offsets, groups, groups, front + samples)
+        kept = [*[1] * (front + texts), *text_lengths[texts:], *[0] * (images + texts + num_pairs), *[1] * images]
+        out = self._top(torch.cat([rows[:alone_text], rows[split:], rows]), self._reading(top, kept))
+        text_first, image_first, text_vl, pairs, image_vl = out.split([texts, images, texts, sum(text_lengths[texts:]), images])
+        return [text_first, image_first, text_vl, image_vl, pairs]
+
+    def _run(self, x: Tensor, first: int, end: int, stage: VlmoStage) -> Tensor:
+        for i in range(first, end):
+            read = stage.read if i == len(self.layers) - 1 else None
+            x = self.layers[i](x, stage, None if self.relative_bias is None else self.relative_bias[:, i], read)
+        return x
+
+    def _top(self, rows: Tensor, stage: VlmoStage) -> Tensor:
+        if stage.read is not None and self.vl_start == len(self.layers):
+            rows = rows[stage.read.rows]  # no layer is left that could compute these alone
+        return self.norm(self._run(rows, self.vl_start, len(self.layers), stage))
+
+    def _reading(self, stage: VlmoStage, kept: Sequence[int]) -> VlmoStage:
+        """The stage whose last layer computes the first ``kept[i]`` rows of segment i."""
+        read = leading_rows(stage.plan, kept, stage.offsets)
+        queries = None if stage.positions is None else stage.positions[read.rows]
+        pairs = self._pairs(read.plan, stage.positions, queries)
+        return stage._replace(read=VlmoRead(read.rows, read.plan, pairs, read.expert_offsets))
+
+    def _positions(self, plan: AttentionPlan, text: int) -> Tensor | None:
+        """Positions in the bias table: those of texts come first, so those of an image begin behind the longest text."""
+        if self.relative_bias is None:
+            return None
+        positions = plan.query.positions()
+        positions[text:] += self.max_positions
+        return positions
+
+    def _pairs(
+        self, plan: AttentionPlan, positions: Tensor | None, queries: Tensor | None = None, *, alike: bool = False
+    ) -> list[Tensor]:
+        return [] if positions is None else pair_buckets(plan, positions, self.buckets, queries=queries, alike=alike)
+
+    def _dropped(self, groups: Tensor, plan: AttentionPlan) -> Tensor | None:
+        """For each row the group of its segment, int64; None while nothing is dropped."""
+        if not self.training:
+            return None
+        return groups.repeat_interleave(torch.tensor(plan.query.lengths)).to(plan.device)
 
 
 # -------------------------------------------------------------------------------------------------------------------- model
@@ -388,6 +489,39 @@ class Vlmo(nn.Module):
         text, image = rows[: segments.rows], rows[segments.rows :]
         pooled = torch.tanh(self.pooler(text[segments.first_rows()]))
         return VlmoPairs(text, segments, image, image_segments, pooled)
+
+    def pool_pairs(self, images: Tensor, token_ids: Tensor, segments: Segments, index: Sequence[int]) -> Tensor:
+        """Caption i with image ``images[index[i]]``, the pixels of each embedded once -> pooled ``[captions, dim]``."""
+        patches = self.embed_images(images).unflatten(0, (len(images), -1))[torch.tensor(index, device=images.device)]
+        rows = torch.cat([self.embed_text(token_ids, segments), patches.flatten(0, 1)])
+        lengths = [self.num_image_tokens] * len(segments)
+        (first,) = self.encoder(rows, segments.lengths, lengths, vl=(True,), first_row_only=True)
+        return torch.tanh(self.pooler(first))
+
+    def contrast_and_mask(
+        self, images: Tensor, token_ids: Tensor, segments: Segments, masked_ids: Tensor, index: Sequence[int]
+    ) -> tuple[VlmoContrast, VlmoContrast, Tensor]:
+        """`contrast_image` and `contrast_text`, without rows, and text rows ``[rows, dim]`` of pairs whose captions are masked, as one
+        forward.
+
+        masked_ids: int64 ``[rows]``, the captions with some words hidden. index: the image of each caption.
+        """
+        image = self.embed_images(images)
+        paired = image.unflatten(0, (len(images), -1))[torch.tensor(index, device=images.device)].flatten(0, 1)
+        rows = torch.cat([self.embed_text(token_ids, segments), self.embed_text(masked_ids, segments), paired, image])
+        image_lengths = [self.num_image_tokens] * (len(segments) + len(images))
+        found = self.encoder(rows, 2 * segments.lengths, image_lengths, num_pairs=len(segments))
+        text, picture, vl_text, vl_picture, pairs = found
+        projections = (self.image_projection, self.vl_image_projection, self.text_projection, self.vl_text_projection)
+        features = [
+            F.normalize(project(first), dim=1)
+            for project, first in zip(projections, (picture, vl_picture, text, vl_text), strict=True)
+        ]
+        contrast = (
+            VlmoContrast(picture, self.image_segments(images), *features[:2]),
+            VlmoContrast(text, segments, *features[2:]),
+        )
+        return *contrast, pairs
 
     def matching_logits(self, pooled: Tensor) -> Tensor:
         """Pooled pairs -> ``[pairs, 2]``: no match, match."""

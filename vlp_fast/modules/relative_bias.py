@@ -37,21 +37,24 @@ def relative_buckets(grid: int, text_length: int, max_positions: int) -> tuple[T
     return buckets, entries
 
 
-def pair_buckets(plan: AttentionPlan, positions: Tensor, buckets: Tensor, *, alike: bool = False) -> list[Tensor]:
+def pair_buckets(
+    plan: AttentionPlan, positions: Tensor, buckets: Tensor, *, queries: Tensor | None = None, alike: bool = False
+) -> list[Tensor]:
     """Which entry of a bias table each pair of a plan reads: made once for a plan, read by every layer.
 
     Args:
         plan: rows attend to rows of the same tensor, such as `self_attention` and `joint`.
-        positions: int64 ``[rows]``, what the bias depends on. buckets: int64 ``[n, n]``, the entry for (position of the query,
-            position of the key). alike: all samples have the same positions, so those of the first serve all.
+        positions: int64 ``[rows]``, what the bias depends on. queries: those of the query rows, where these are not all rows.
+        buckets: int64 ``[n, n]``, the entry for (position of the query, position of the key). alike: all samples
+            have the same positions, so those of the first serve all.
 
     Returns:
         int64 ``[groups, seqlen_q, seqlen_k]`` (``[1, ...]`` where alike) for each padded call that attention makes; padding gets the
         entry of some row and is never read.
     """
-    found = []
+    queries, found = positions if queries is None else queries, []
     for group in padded_plan(plan).buckets:
-        query = positions[group.query_rows].view(group.groups, group.seqlen_q, 1)
+        query = queries[group.query_rows].view(group.groups, group.seqlen_q, 1)
         key = positions[group.key_rows].view(group.groups, 1, group.seqlen_k)
         found.append(buckets[query[:1], key[:1]] if alike else buckets[query, key])
     return found

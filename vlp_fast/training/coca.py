@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlp_fast import losses
 from vlp_fast.data.batches import Batch
 from vlp_fast.models.coca import Coca, CocaConfig
+from vlp_fast.models.coca_experts import CocaExperts
 from vlp_fast.models.coca_open_clip import OpenClipCoca, OpenClipCocaConfig
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
@@ -23,38 +24,41 @@ class CocaPretraining(PretrainingObjective):
     In a process group every process contrasts its own pairs with those of all.
 
     Args:
-        config: of the model, the paper's or open_clip's. schedule: "published".
+        config: of the model, the paper's or open_clip's. schedule: "packed" or "published", which are the same here: each tower runs
+            once, and what it gives serves both losses.
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"contrastive": 1.0, "caption": 2.0}
 
-    def __init__(self, config: CocaConfig | OpenClipCocaConfig, schedule: str = "published") -> None:
+    def __init__(self, config: CocaConfig | OpenClipCocaConfig, schedule: str = "packed") -> None:
         super().__init__(schedule)
         if isinstance(config, OpenClipCocaConfig):
             self.model, self.ignored_word = OpenClipCoca(config), config.pad_id  # which is a word of its vocabulary too
         else:
-            self.model, self.ignored_word = Coca(config), -100
+            self.model, self.ignored_word = CocaExperts(config) if config.experts else Coca(config), -100
 
     def towers(self) -> dict[str, nn.Module]:
         model = self.model
+        if isinstance(model, CocaExperts):
+            return {"encoder": model.encoder, "text_decoder": model.text_decoder}
         return {"image_encoder": model.image_encoder, "text_encoder": model.text_encoder, "text_decoder": model.text_decoder}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The two losses of one step.
 
         Args:
-            batch: images and packed captions (start, words, end); caption i describes image i.
+            batch: images and packed captions (start, words, end). An image with several captions is encoded once and counts in the
+                contrast as often as it has captions.
 
         Returns: scalars "contrastive", "caption".
         """
         model, captions = self.model, batch.segments()
         with loss_scope("contrastive"):
-            image = model.encode_image(batch.images)
-            text = model.encode_text(batch.token_ids, captions)
-            scale = model.logit_scale.exp()
-            contrastive = losses.contrastive_loss(image.features, text.features, scale, backend=self.backend)
+            image, text = model.encode(batch.images, batch.token_ids, captions)
+            scale, features = model.logit_scale.exp(), batch.of_captions(image.features)
+            contrastive = losses.contrastive_loss(features, text.features, scale, backend=self.backend)
         with loss_scope("caption"):
-            hidden, rows = model.word_hidden(text, image)
+            hidden, rows = model.word_hidden(text, image, batch.image_of())
             words = model.text_decoder.words.weight
             targets = batch.token_ids[rows + 1]
             caption = linear_cross_entropy(hidden, words, targets, ignore_index=self.ignored_word, backend=self.backend)

@@ -12,24 +12,28 @@ from vlp_fast.data.batches import Batch
 from vlp_fast.data.codebook import PatchCodebook
 from vlp_fast.data.tokenizer import WordPieceTokenizer
 from vlp_fast.models import albef_preset, beit3_preset, blip_preset, coca_preset
+from vlp_fast.models.vlmo import VlmoConfig, vlmo_preset
 from vlp_fast.training.albef import AlbefPretraining
 from vlp_fast.training.beit3 import Beit3Pretraining, VisualTokenizer
 from vlp_fast.training.blip import BlipPretraining
 from vlp_fast.training.coca import CocaPretraining
 from vlp_fast.training.objective import PretrainingObjective
+from vlp_fast.training.vlmo import VlmoPretraining
 
 __all__ = ["MODELS", "SIZES", "build_pretraining", "caption_lengths", "preset", "synthetic_batch"]
 
-MODELS = ("blip", "coca", "beit3", "albef")
+MODELS = ("blip", "coca", "beit3", "albef", "vlmo")
 SIZES = ("tiny", "base", "large")
 _PRESETS: dict[str, Callable[..., Any]] = {
     "blip": blip_preset,
     "coca": coca_preset,
     "beit3": beit3_preset,
     "albef": albef_preset,
+    "vlmo": vlmo_preset,
 }
 # special tokens of the vocabularies the models were published with, where no tokenizer is given
 _MASK_ID, _SPECIAL_IDS = 64001, (0, 1, 2)
+_BERT_MASK_ID, _BERT_SPECIAL_IDS = 103, (0, 101, 102)
 
 
 def preset(model: str, size: str, tokenizer: WordPieceTokenizer | None = None, **changes: Any) -> Any:
@@ -59,7 +63,7 @@ def build_pretraining(
     model: str,
     size: str = "base",
     *,
-    schedule: str = "published",
+    schedule: str = "packed",
     tokenizer: WordPieceTokenizer | None = None,
     visual_tokenizer: VisualTokenizer | None = None,
     **changes: Any,
@@ -67,7 +71,8 @@ def build_pretraining(
     """A model with its pretraining losses.
 
     Args:
-        model: "blip", "coca", "beit3" or "albef". size: "tiny", "base" or "large" (ALBEF has no large). schedule: how passes are grouped.
+        model: "blip", "coca", "beit3", "albef" or "vlmo". size: "tiny", "base" or "large" (ALBEF has no large). schedule: how passes are
+            grouped, "packed" or "published".
         tokenizer: gives special ids and vocabulary; default: those of the published models.
         visual_tokenizer: BEiT-3 only: gives the ids of patches; default: a `PatchCodebook` of random patches, which costs what a
             trained one costs and teaches nothing: for profiles and throughput.
@@ -82,6 +87,8 @@ def build_pretraining(
         return CocaPretraining(config, schedule)
     if model == "albef":
         return AlbefPretraining(config, schedule)
+    if model == "vlmo":
+        return _vlmo(config, schedule, tokenizer)
     codebook = visual_tokenizer
     if codebook is None:
         with torch.device("cpu"):
@@ -94,6 +101,18 @@ def build_pretraining(
     else:
         mask_id, special = min(_MASK_ID, config.vocab_size - 1), _SPECIAL_IDS
     return Beit3Pretraining(config, codebook, mask_id=mask_id, special_ids=special, schedule=schedule)
+
+
+def _vlmo(config: VlmoConfig, schedule: str, tokenizer: WordPieceTokenizer | None) -> VlmoPretraining:
+    if tokenizer is None:
+        last = config.vocab_size - 1
+        special = [min(i, last) for i in _BERT_SPECIAL_IDS]
+        return VlmoPretraining(config, mask_id=min(_BERT_MASK_ID, last), special_ids=special, schedule=schedule)
+    special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id]
+    continuations = [i for i, word in enumerate(tokenizer.vocab) if word.startswith("##")]
+    return VlmoPretraining(
+        config, mask_id=tokenizer.mask_id, special_ids=special, continuation_ids=continuations, schedule=schedule
+    )
 
 
 def caption_lengths(batch: int) -> list[int]:

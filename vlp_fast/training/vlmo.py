@@ -20,6 +20,7 @@ from vlp_fast.data.masking import mask_tokens
 from vlp_fast.models.vlmo import Vlmo, VlmoConfig
 from vlp_fast.ops import linear_cross_entropy
 from vlp_fast.passes import loss_scope
+from vlp_fast.segments import Segments
 from vlp_fast.training.objective import PretrainingObjective
 
 __all__ = ["VlmoInputs", "VlmoPretraining"]
@@ -50,7 +51,8 @@ class VlmoPretraining(PretrainingObjective):
 
     Args:
         config: of the model. mask_id, special_ids: of the tokenizer; special ids, [CLS], [SEP] and [PAD], are never hidden.
-        continuation_ids: ids of word pieces that continue a word ("##..."): a word is hidden whole. schedule: "published".
+        continuation_ids: ids of word pieces that continue a word ("##..."): a word is hidden whole. schedule: "packed": what is contrasted
+            and what is masked are one forward, and what is matched, whose negatives the contrast chooses, another; or "published", six.
 
     Example: ``losses = step(step.prepare(batch)); step.total(losses).backward()``
     """
@@ -64,7 +66,7 @@ class VlmoPretraining(PretrainingObjective):
         mask_id: int,
         special_ids: Sequence[int],
         continuation_ids: Sequence[int] = (),
-        schedule: str = "published",
+        schedule: str = "packed",
     ) -> None:
         super().__init__(schedule)
         self.model = Vlmo(config)
@@ -90,39 +92,51 @@ class VlmoPretraining(PretrainingObjective):
         """The four losses of one step.
 
         Args:
-            inputs: of `prepare`: images and packed captions ([CLS] words [SEP]), caption i describes image i, at least 2 pairs.
-            negatives: (image for caption i, caption for image i), int64 ``[batch]`` each; default: drawn by similarity. The second is
-                read on the host, the one place where a step waits for the device: captions differ in length.
+            inputs: of `prepare`: images and packed captions ([CLS] words [SEP]), at least 2 pairs. An image with several captions counts
+                as often as it has captions.
+            negatives: of pair i, the pair whose image is wrong for its caption and the pair whose caption is wrong for its image, int64
+                ``[captions]`` each; default: drawn by similarity. They are read on the host, the one place where a step waits for the
+                device: captions differ in length.
 
         Returns: scalars "mlm", "itc", "itc_vl", "itm".
         """
         model, images, ids, captions = self.model, inputs.pairs.images, inputs.pairs.token_ids, inputs.pairs.segments()
+        image_of, backend = inputs.pairs.image_of(), self.backend
+        if self.packed:
+            with loss_scope("itc"):
+                image, caption, text = model.contrast_and_mask(images, ids, captions, inputs.masked_ids, image_of)
+        else:
+            with loss_scope("mlm"):
+                text = model.encode_pairs(inputs.pairs.of_captions(images), inputs.masked_ids, captions).text
+            with loss_scope("itc"):
+                image, caption = model.contrast_image(images), model.contrast_text(ids, captions)
         with loss_scope("mlm"):
-            text = model.encode_pairs(images, inputs.masked_ids, captions).text
             weight, bias, rows = model.word_head.weight, model.word_head.bias, inputs.masked_rows
-            hidden = model.word_hidden(text[rows])
-            mlm = linear_cross_entropy(hidden, weight, ids[rows], bias, backend=self.backend)
-
+            mlm = linear_cross_entropy(model.word_hidden(text[rows]), weight, ids[rows], bias, backend=backend)
         with loss_scope("itc"):
-            image, caption = model.contrast_image(images), model.contrast_text(ids, captions)
             scale, vl_scale = model.log_scale.exp(), model.log_vl_scale.exp()
-            itc = losses.contrastive_loss(image.features, caption.features, scale, backend=self.backend)
+            features = inputs.pairs.of_captions(image.features)
+            itc = losses.contrastive_loss(features, caption.features, scale, backend=backend)
         with loss_scope("itc_vl"):
-            itc_vl = losses.contrastive_loss(image.vl_features, caption.vl_features, vl_scale, backend=self.backend)
+            vl_features = inputs.pairs.of_captions(image.vl_features)
+            itc_vl = losses.contrastive_loss(vl_features, caption.vl_features, vl_scale, backend=backend)
 
         with loss_scope("itm"):
             if negatives is None:
-                one, other = image.features, caption.features
                 negatives = (
-                    losses.hard_negatives(other, one, scale, floor=0.0, backend=self.backend),
-                    losses.hard_negatives(one, other, scale, floor=0.0, backend=self.backend),
+                    losses.hard_negatives(caption.features, features, scale, floor=0.0, backend=backend),
+                    losses.hard_negatives(features, caption.features, scale, floor=0.0, backend=backend),
                 )
-            image_index, text_index = negatives
-            rows, other_captions = captions.take(text_index.tolist())  # lengths change here: the step's one host sync
-            pooled = [
-                model.encode_pairs(images, ids, captions).pooled,
-                model.encode_pairs(images[image_index], ids, captions).pooled,
-                model.encode_pairs(images, ids[rows], other_captions).pooled,
-            ]
-            itm = losses.matching_loss(model.matching_logits(torch.cat(pooled)), num_positive=len(images))
+            # the step's one host sync: captions differ in length, so which are negatives decides how many rows follow
+            other_image, other_caption = torch.stack(negatives).tolist()
+            rows, other_captions = captions.take(other_caption)
+            wrong_image = [image_of[i] for i in other_image]
+            kinds = [(ids, captions, image_of), (ids, captions, wrong_image), (ids[rows], other_captions, image_of)]
+            if self.packed:
+                segments = Segments([n for kind in kinds for n in kind[1].lengths], ids.device)
+                index = [i for kind in kinds for i in kind[2]]
+                pooled = model.pool_pairs(images, torch.cat([kind[0] for kind in kinds]), segments, index)
+            else:
+                pooled = torch.cat([model.encode_pairs(images[i], words, segments).pooled for words, segments, i in kinds])
+            itm = losses.matching_loss(model.matching_logits(pooled), num_positive=len(captions))
         return {"mlm": mlm, "itc": itc, "itc_vl": itc_vl, "itm": itm}
