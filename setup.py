@@ -50,6 +50,7 @@ setup(
         "vlp_fast.models.checkpoints",
         "vlp_fast.modules",
         "vlp_fast.ops",
+        "vlp_fast.profiling",
         "vlp_fast.training",
     ],
     package_dir={"vlp_fast": "vlp_fast", "vlp_fast.kernels": "kernels"},

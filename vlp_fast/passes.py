@@ -78,12 +78,14 @@ class PassInfo(NamedTuple):
         module: the tower's role in this call ("image_encoder", "text_encoder", "text_decoder").
         sequences: images, captions or samples. tokens: rows computed. slots: rows the same call would have on a padded
             rectangle it really allocates; equal to tokens where nothing is padded.
+        parts: (loss, sequences, tokens) of each pass packed in the call; empty where it has a single one.
     """
 
     module: str
     sequences: int
     tokens: int
     slots: int
+    parts: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

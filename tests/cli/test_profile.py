@@ -30,13 +30,48 @@ def test_profile_on_the_cpu_has_times():
     assert result.exit_code == 0, result.output
 
 
+def test_models_and_schedules_stand_side_by_side(tmp_path):
+    json_file, html_file = tmp_path / "p.json", tmp_path / "p.html"
+    command = ["profile", "blip", "coca", "albef", "--size", "tiny", "--batch", "3"]
+    files = ["--json", str(json_file), "--html", str(html_file)]
+    result = runner.invoke(app, [*command, "--schedule", "published", "--schedule", "packed", *files])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert [line[:4] for line in lines[3:9]] == [
+        ["blip", "published", "1+1", "4+1"],
+        ["blip", "packed", "1+1", "2+1"],
+        ["coca", "published", "1", "2"],
+        ["coca", "packed", "1", "2"],
+        ["albef", "published", "1+1", "2+2"],
+        ["albef", "packed", "1+1", "1+1"],
+    ]
+    profiles = json.loads(json_file.read_text())["profiles"]
+    assert [(profile["model"], profile["schedule"]) for profile in profiles] == [
+        (model, schedule) for model in ("blip", "coca", "albef") for schedule in ("published", "packed")
+    ]
+    assert html_file.read_text().count("<svg") == 4 * 6
+
+
+def test_trace_is_of_the_cpu_and_holds_every_call(tmp_path):
+    trace_file = tmp_path / "trace.json"
+    result = runner.invoke(app, ["profile", "coca", "--size", "tiny", "--batch", "2", "--backward", "--trace", str(trace_file)])
+    assert result.exit_code == 0, result.output
+    assert "device cpu" in result.output
+    events = [event for event in json.loads(trace_file.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert len(events) == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["flamingo"], "model must be one of"),
         (["blip", "--size", "huge"], "size must be one of"),
         (["blip", "--batch", "0"], "batch must be at least 1"),
-        (["blip", "--schedule", "packed"], "schedule must be one of"),
+        (["blip", "--schedule", "fast"], "schedule must be one of packed, published"),
+        ([], "name a model (blip, coca"),
+        (["--peer", "hf-clip"], "peer must be one of hf-blip, open-clip-coca"),
+        (["--peer", "hf-blip", "--device", "meta"], "device must be cpu or cuda for a peer"),
+        (["coca", "--size", "tiny", "--device", "meta", "--trace", "x.json"], "a trace needs times"),
         (["coca", "--size", "tiny", "--json", "/nonexistent/x.json"], "No such file"),
     ],
 )

@@ -42,9 +42,10 @@ ROOMS = {
     "measuring": set(),
     "profiling": UP_TO_TRAINING | {"environment", "measuring"},
     "profile_page": {"profiling"},
+    "profile_peers": UP_TO_TRAINING | {"profiling"},
     "bench": UP_TO_TRAINING | {"environment", "measuring", "reference", "testing"},
     "cli": UP_TO_TRAINING
-    | {"_version", "environment", "measuring", "profiling", "profile_page", "bench", "evidence", "capfilt"},
+    | {"_version", "environment", "measuring", "profiling", "profile_page", "profile_peers", "bench", "evidence", "capfilt"},
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},

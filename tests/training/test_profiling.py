@@ -2,6 +2,7 @@
 
 import json
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlp_fast.passes import loss_scope, observe_losses
 from vlp_fast.profile_page import profile_page
 from vlp_fast.profiling import profile_model, profile_step
-from vlp_fast.training import build_pretraining, caption_lengths, synthetic_batch
+from vlp_fast.training import SCHEDULES, build_pretraining, caption_lengths, synthetic_batch
 
 BATCH = 6
 
@@ -149,7 +150,7 @@ def test_loss_shares_are_consistent():
     [
         ({"model": "flamingo"}, "model must be one of blip, coca, beit3"),
         ({"size": "giant"}, "size must be one of tiny, base, large"),
-        ({"schedule": "packed"}, "schedule must be one of published"),
+        ({"schedule": "fast"}, "schedule must be one of packed, published"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"batch": 1}, "hard negatives need at least 2 pairs"),
         ({"device": "tpu"}, "device must be meta, cpu or cuda|Expected one of"),
@@ -164,13 +165,34 @@ def test_profile_model_says_what_is_wrong(options, message):
 def test_json_and_page_hold_every_row():
     profile = profile_model("coca", "tiny", batch=3, backward=True)
     data = json.loads(json.dumps(profile.to_json()))
-    assert {"model", "size", "schedule", "batch", "device", "rows", "totals"} <= set(data)
-    assert {"loss", "module", "passes", "grad", "sequences", "tokens", "padding", "gflops_forward", "gflops_backward", "ms",
-            "mb", "serves"} == set(data["rows"][0])  # fmt: skip
+    assert {"model", "size", "schedule", "batch", "device", "rows", "totals", "calls", "towers_not_called"} == set(data)
+    assert set(data["rows"][0]) == {
+        "loss", "module", "kind", "passes", "shared", "grad", "sequences", "tokens", "padding", "gflops_forward", "gflops_backward",
+        "ms", "mb", "serves", "gflops_repeated", "gflops_padding", "waste", "unread",
+    }  # fmt: skip
     page = profile_page(profile)
     assert page.count("<tr") == len(profile.rows) + 2
-    for word in ("http", "<script", "@import"):
+    for word in ("http", "<script", "@import", "url("):
         assert word not in page
+
+
+def test_page_of_several_profiles_is_well_formed_and_names_each_once_per_figure():
+    profiles = [profile_model("blip", "tiny", batch=3, schedule=name, backward=True) for name in SCHEDULES]
+    profiles.append(profile_model("albef", "tiny", batch=3))
+    page = profile_page(profiles)
+    body = page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', "")
+    body = body.replace('<meta name="viewport" content="width=device-width">', "")
+    tree = ElementTree.fromstring(body)  # every tag is closed, every attribute quoted
+    assert [heading.text for heading in tree.iter("h2")] == [
+        "Side by side", "Passes per loss", "GFLOPs per loss", "Padding", "Timeline", "Every row",
+    ]  # fmt: skip
+    titles = [heading.text for heading in tree.iter("h3")]
+    assert all(titles.count(profile.title) == 5 for profile in profiles)
+    assert len(list(tree.iter("svg"))) == 4 * len(profiles)
+    squares = sum(1 for svg in tree.iter("svg") if svg.get("aria-label") == "passes per loss" for _ in svg.iter("rect"))
+    assert squares == sum(row.passes for profile in profiles for row in profile.rows)
+    with pytest.raises(ValueError, match="at least one profile"):
+        profile_page([])
 
 
 def test_observer_hears_every_change_of_loss():
