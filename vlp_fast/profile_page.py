@@ -195,7 +195,7 @@ def _passes(profile: StepProfile, colours: dict[str, str]) -> str:
                 pale = ' fill-opacity="0.45"' if row.shared else ""
                 body.append(_rect(x, y + 2, 24, 24, colour if row.grad else "none", line + pale, _tip(row)))
                 letter = row.kind[:1].upper() if row.kind in ("image", "text", "pair") else "·"
-                ink = ' style="fill:#fff"' if row.grad else ""
+                ink = ' style="fill:#fff"' if row.grad and not row.shared else ""
                 body.append(
                     f'<text x="{x + 12:.1f}" y="{y + 18.5:.1f}" text-anchor="middle" pointer-events="none"{ink}>{letter}</text>'
                 )
@@ -268,7 +268,7 @@ def _timeline(profile: StepProfile, colours: dict[str, str], longest: float, uni
             x, width = _WIDTH * call.start / longest, _WIDTH * (call.end - call.start) / longest
             extra = ('stroke="var(--panel)" stroke-width="1"') + ("" if call.grad else ' fill-opacity="0.45"')
             body.append(_rect(x, y + 24 * lane, width, 21, colours.get(call.loss, _GREY), extra, _call_tip(call, unit)))
-            if width > 7.0 * len(call.module):
+            if width > 7.0 * len(call.module) + 8:
                 style = 'style="fill:#fff" pointer-events="none"'
                 body.append(f'<text x="{x + 4:.1f}" y="{y + 24 * lane + 15:.1f}" {style}>{escape(call.module)}</text>')
         y += 24 * len(lanes) + 6

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlp_fast.passes import loss_scope, observe_losses
 from vlp_fast.profile_page import profile_page
 from vlp_fast.profiling import profile_model, profile_step
-from vlp_fast.training import SCHEDULES, build_pretraining, caption_lengths, synthetic_batch
+from vlp_fast.training import MODELS, SCHEDULES, build_pretraining, caption_lengths, synthetic_batch
 
 BATCH = 6
 
@@ -66,6 +66,17 @@ def test_beit3_runs_three_passes():
     assert [(row.loss, row.serves) for row in profile.rows if row.passes] == [
         ("mim", ["mim"]), ("mlm", ["mlm"]), ("mvlm", ["mvlm"]),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_and_schedule_profiles_on_meta(model, schedule):
+    profile = profile_model(model, "tiny", batch=3, schedule=schedule, backward=True)
+    assert profile.totals["passes"] == sum(row.passes - row.shared for row in profile.rows) + len(
+        {row.module for row in profile.rows if row.shared}
+    )
+    assert profile.towers_not_called == []
+    assert set(profile.totals["losses"]) == {loss for row in profile.rows for loss in row.serves} - {"step", "all"}
 
 
 def test_blip_base_flops_are_those_of_the_architecture():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -251,7 +252,7 @@ def profile_model(
     generator = torch.Generator().manual_seed(seed)
     inputs = objective.prepare(synthetic_batch(config, caption_lengths(batch), generator), generator).to(device)
     options: dict[str, Any] = {}
-    if model in ("blip", "albef") and kind == "meta":
+    if kind == "meta" and "negatives" in inspect.signature(objective.forward).parameters:
         if batch < 2:
             raise ValueError(f"hard negatives need at least 2 pairs in the batch; received {batch}.")
         following = torch.arange(batch).roll(-1)
