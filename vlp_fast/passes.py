@@ -21,6 +21,7 @@ from vlp_fast.segments import Segments, _to_device
 
 __all__ = [
     "PackedPasses",
+    "Parts",
     "PassInfo",
     "ReadRows",
     "TextPass",
@@ -71,6 +72,9 @@ def current_loss() -> str | None:
     return _LOSS.get()
 
 
+Parts = tuple[tuple[str, int, int], ...]  # (loss, sequences, tokens) of each loss that a call serves
+
+
 class PassInfo(NamedTuple):
     """What one call of a tower processed.
 
@@ -85,7 +89,7 @@ class PassInfo(NamedTuple):
     sequences: int
     tokens: int
     slots: int
-    parts: tuple[tuple[str, int, int], ...] = ()
+    parts: Parts = ()
 
 
 @dataclass(frozen=True)
@@ -272,9 +276,15 @@ def _join(indices: Sequence[Sequence[int] | Tensor | None], device: torch.device
 
 
 def describe_passes(module: str, passes: Sequence[TextPass]) -> PassInfo:
-    """What a call of a tower that takes passes processed."""
+    """What a call of a tower that takes passes processed; where these are for several losses, the share of each."""
     rows = sum(p.segments.rows for p in passes)
-    return PassInfo(module, sum(len(p.segments) for p in passes), rows, rows)
+    shares: dict[str, list[int]] = {}
+    for p in passes:
+        share = shares.setdefault(p.loss or p.name, [0, 0])
+        share[0] += len(p.segments)
+        share[1] += p.segments.rows
+    parts = tuple((loss, sequences, tokens) for loss, (sequences, tokens) in shares.items()) if len(shares) > 1 else ()
+    return PassInfo(module, sum(len(p.segments) for p in passes), rows, rows, parts)
 
 
 def with_first_token(token_ids: Tensor, segments: Segments, token: int) -> Tensor:

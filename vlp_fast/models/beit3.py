@@ -31,7 +31,7 @@ from vlp_fast.modules import (
     PatchEmbedding,
     init_transformer,
 )
-from vlp_fast.passes import PassInfo, ReadRows
+from vlp_fast.passes import Parts, PassInfo, ReadRows
 from vlp_fast.segments import Segments
 
 __all__ = [
@@ -182,7 +182,7 @@ class Beit3Encoder(nn.Module):
 
     Shape: image ``[image rows, dim]``, text ``[text rows, dim]``, with the lengths of both parts of every sample -> the same shapes.
     causal_text: images read themselves only, and a text its image and, causally, itself; else all rows of a sample read all.
-    read: the last layer computes these rows only, which are returned; not with causal_text.
+    read: the last layer computes these rows only, which are returned; not with causal_text. parts: what each loss has of this call.
     Raises: ValueError with vision-language experts, if samples are not ordered: images alone, pairs, texts alone.
     """
 
@@ -201,11 +201,12 @@ class Beit3Encoder(nn.Module):
         causal_text: bool = False,
         *,
         read: Beit3Read | None = None,
+        parts: Parts = (),
     ) -> PassInfo:
         """What a call processed, for a profile."""
         rows = sum(image_lengths) + sum(text_lengths)
         kind = "pair_encoder" if image.shape[0] and text.shape[0] else "image_encoder" if image.shape[0] else "text_encoder"
-        return PassInfo(kind, len(image_lengths), rows, rows)
+        return PassInfo(kind, len(image_lengths), rows, rows, parts)
 
     def forward(
         self,
@@ -216,6 +217,7 @@ class Beit3Encoder(nn.Module):
         causal_text: bool = False,
         *,
         read: Beit3Read | None = None,
+        parts: Parts = (),
     ) -> tuple[Tensor, Tensor]:
         if read is not None and causal_text:
             raise ValueError("read chooses rows that read their whole sample; it does not go with causal_text.")
@@ -348,12 +350,13 @@ class Beit3(nn.Module):
         segments: Segments,
         num_pairs: int,
         read: Beit3Read | None = None,
+        parts: Parts = (),
     ) -> tuple[Tensor, Tensor]:
         """Images alone, pairs and texts alone as one batch, one forward of the encoder.
 
         Args:
             images: those alone, then those of the pairs. image_mask: of all, or None. token_ids, segments: captions of the pairs, then
-                those alone. read: rows that are read afterwards; default: all.
+                those alone. read: rows that are read afterwards; default: all. parts: for a profile, (loss, samples, rows) of each loss.
 
         Returns: image rows and text rows of the encoder, ``[rows, dim]`` each; of `read` those alone.
         Raises: ValueError for fewer images or captions than pairs.
@@ -367,7 +370,7 @@ class Beit3(nn.Module):
         image_lengths = [*[self.num_image_tokens] * len(images), *[0] * texts]
         text_lengths = [*[0] * alone, *segments.lengths]
         image, text = self.embed_images(images, image_mask), self.embed_text(token_ids, segments)
-        return self.encoder(image, image_lengths, text, text_lengths, read=read)
+        return self.encoder(image, image_lengths, text, text_lengths, read=read, parts=parts)
 
     def encode_captioned(self, images: Tensor, token_ids: Tensor, segments: Segments) -> Beit3Output:
         """Pairs, for captioning: caption i reads image i and, causally, itself; an image reads itself only.

@@ -25,7 +25,7 @@ from vlp_fast.models._config import check_positive, make_preset
 from vlp_fast.modules import DropPath, Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, init_transformer
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
 from vlp_fast.ops import attention, linear
-from vlp_fast.passes import PassInfo, leading_rows
+from vlp_fast.passes import Parts, PassInfo, leading_rows
 from vlp_fast.segments import Segments
 
 __all__ = [
@@ -255,12 +255,13 @@ class VlmoEncoder(nn.Module):
         *,
         first_row_only: bool = False,
         num_pairs: int | None = None,
+        parts: Parts = (),
     ) -> PassInfo:
         """What a call processed, for a profile."""
         kinds = {(True, True): "pair_encoder", (True, False): "text_encoder"}
         kind = kinds.get((any(text_lengths), any(image_lengths)), "image_encoder")
         samples = len(text_lengths) if num_pairs is None else len(text_lengths) + len(image_lengths) - num_pairs
-        return PassInfo(kind, samples, len(rows), len(rows))
+        return PassInfo(kind, samples, len(rows), len(rows), parts)
 
     def forward(
         self,
@@ -271,11 +272,13 @@ class VlmoEncoder(nn.Module):
         *,
         first_row_only: bool = False,
         num_pairs: int | None = None,
+        parts: Parts = (),
     ) -> list[Tensor]:
         """The lower layers once; the top layers for each entry of `vl`, with their vision-language experts where it is True.
 
         first_row_only: ``[samples, dim]``, the first row of each sample's text; the last layer computes no other.
         num_pairs: not samples with two parts, but texts alone, so many pairs, images alone: see `_mixed`.
+        parts: for a profile, what each loss has of this call.
         """
         if num_pairs is not None:
             return self._mixed(rows, text_lengths, image_lengths, num_pairs)
@@ -510,8 +513,10 @@ class Vlmo(nn.Module):
         paired = image.unflatten(0, (len(images), -1))[torch.tensor(index, device=images.device)].flatten(0, 1)
         rows = torch.cat([self.embed_text(token_ids, segments), self.embed_text(masked_ids, segments), paired, image])
         image_lengths = [self.num_image_tokens] * (len(segments) + len(images))
-        found = self.encoder(rows, 2 * segments.lengths, image_lengths, num_pairs=len(segments))
-        text, picture, vl_text, vl_picture, pairs = found
+        alone, pairs = segments.rows + len(image), segments.rows + len(paired)
+        parts = (("itc", len(segments) + len(images), alone), ("mlm", len(segments), pairs))
+        found = self.encoder(rows, 2 * segments.lengths, image_lengths, num_pairs=len(segments), parts=parts)
+        text, picture, vl_text, vl_picture, masked = found
         projections = (self.image_projection, self.vl_image_projection, self.text_projection, self.vl_text_projection)
         features = [
             F.normalize(project(first), dim=1)
@@ -521,7 +526,7 @@ class Vlmo(nn.Module):
             VlmoContrast(picture, self.image_segments(images), *features[:2]),
             VlmoContrast(text, segments, *features[2:]),
         )
-        return *contrast, pairs
+        return *contrast, masked
 
     def matching_logits(self, pooled: Tensor) -> Tensor:
         """Pooled pairs -> ``[pairs, 2]``: no match, match."""
