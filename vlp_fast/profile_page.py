@@ -21,7 +21,7 @@ from vlp_fast.profiling import (
 
 __all__ = ["profile_page"]
 
-_COLOURS = ("#3b78c4", "#dd8426", "#35a06c", "#9465bd", "#c9506a", "#4fa3ad")
+_COLOURS = ("#3b78c4", "#dd8426", "#35a06c", "#9465bd", "#c9506a", "#4fa3ad", "#8a7440", "#d06cb4", "#7f9a2e", "#5b62c9")
 _GREY = "#8a94a0"
 _WIDTH, _LABEL = 560, 200  # of a figure, and of the words at its left, in its own units
 _HEADINGS = {
