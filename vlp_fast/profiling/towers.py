@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vlp_fast.passes import PassInfo, TextPass
+from vlp_fast.passes import PassInfo
 from vlp_fast.profiling.repeats import storage_key, tensors_in
 
 __all__ = ["Described", "Padding", "called_modules", "default_towers", "describe_call", "named_towers"]
@@ -154,8 +154,7 @@ def describe_call(
 ) -> Described:
     """What one call of a tower processed.
 
-    A tower with a `describe` that returns a `PassInfo` says it itself; where it was given a list of `TextPass`es of several losses, these
-    are the parts of the call. Else: token ids ``[batch, length]`` make a call of text, images
+    A tower with a `describe` that returns a `PassInfo` says it itself. Else: token ids ``[batch, length]`` make a call of text, images
     ``[batch, channels, height, width]`` one of images, both one of pairs. Rows are batch x length of the ids; without ids, those of the
     returned ``[batch, length, dim]`` where an argument has as many, else those of the linear layers that cost most. Padding is read off
     an argument named ``...attention_mask`` (1: keep) or ``...padding...`` (True: padding), or ids equal to `pad_id`; embedded rows have
@@ -168,7 +167,6 @@ def describe_call(
         if isinstance(info, PassInfo):
             role = f"momentum_{info.module}" if name.startswith("momentum_") else info.module
             kind = info.module.partition("_")[0]
-            info = info._replace(parts=info.parts or _packed_passes(args))
             return Described(info._replace(module=role), kind if kind in ("image", "text", "pair") else "other", True)
     named = [(key, tensor) for key, value in _arguments(module, args, kwargs) for tensor in tensors_in(value)]
     ids = [t for key, t in named if t.dim() == 2 and _integer(t) and not any(word in key for word in _NOT_IDS)]
@@ -196,14 +194,6 @@ def describe_call(
     if padded:
         padding.remember(output, padded)
     return Described(info, kind, known)
-
-
-def _packed_passes(args: tuple[Any, ...]) -> tuple[tuple[str, int, int], ...]:
-    """The losses of the `TextPass`es that a tower was given as its first argument, where they say them."""
-    passes = args[0] if args and isinstance(args[0], (list, tuple)) else ()
-    if not all(isinstance(p, TextPass) and p.loss is not None for p in passes):
-        return ()
-    return tuple((p.loss, len(p.segments), p.segments.rows) for p in passes)
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
