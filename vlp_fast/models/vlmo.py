@@ -285,11 +285,11 @@ class VlmoEncoder(nn.Module):
         text, total = sum(text_lengths), len(rows)
         plan = AttentionPlan.joint(text_lengths, image_lengths, rows.device)
         alike = len(set(zip(text_lengths, image_lengths, strict=True))) == 1
-        parts = self._dropped(torch.arange(2 * len(text_lengths)), plan)  # each expert's branch is dropped on its own
-        samples = None if parts is None else parts % max(len(text_lengths), 1)
+        by_part = self._dropped(torch.arange(2 * len(text_lengths)), plan)  # each expert's branch is dropped on its own
+        samples = None if by_part is None else by_part % max(len(text_lengths), 1)
         positions = self._positions(plan, text)
         pairs = self._pairs(plan, positions, alike=alike)
-        lower = VlmoStage(plan, positions, pairs, (0, text, total), samples, parts, 2 * len(text_lengths))
+        lower = VlmoStage(plan, positions, pairs, (0, text, total), samples, by_part, 2 * len(text_lengths))
         kept = [*[1] * len(text_lengths), *[0] * len(text_lengths)] if first_row_only else None
         rows = self._run(rows, 0, self.vl_start, lower)
         outs = []
