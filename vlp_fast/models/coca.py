@@ -10,6 +10,7 @@ Dimensions: batch images, captions packed as rows, N = patches (no class token),
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class CocaConfig:
 
     The paper trains at 288 pixels with 18-pixel patches: ``coca_preset("base", image_size=288, patch_size=18)``.
     pooler: "cascade" (the contrastive query reads the caption queries, the paper's default) or "parallel" (both read the image).
+    experts: the image encoder and the unimodal text encoder are one stack of layers with an expert of each modality: `CocaExperts`.
     """
 
     image_size: int = 224
@@ -53,12 +55,19 @@ class CocaConfig:
     caption_queries: int = 256
     pooler: str = "cascade"
     pooler_heads: int = 8
+    experts: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "patch_size", "vision_dim", "dim", "vocab_size", "context_length", "caption_queries")
         if self.pooler not in POOLERS:
             raise ValueError(f"pooler must be one of {', '.join(POOLERS)}; received {self.pooler!r}.")
+        image, text = (self.vision_dim, self.vision_depth, self.vision_heads), (self.dim, self.unimodal_depth, self.num_heads)
+        if self.experts and image != text:
+            raise ValueError(
+                "experts need vision_dim, vision_depth and vision_heads equal to dim, unimodal_depth and num_heads; "
+                f"received {image} and {text}."
+            )
 
 
 COCA_PRESETS = {
@@ -99,10 +108,10 @@ class CocaText(NamedTuple):
     features: Tensor
 
 
-class CocaTextEncoder(nn.Module):
-    """The unimodal half: causal blocks over words and, packed at each caption's end, a CLS row that sees them all.
+class CocaWords(nn.Module):
+    """Words with their positions and, packed at each caption's end, a CLS row.
 
-    Shape: token_ids ``[rows]``, segments -> (words ``[rows, dim]``, CLS ``[captions, dim]`` after the final norm).
+    Shape: token_ids ``[rows]``, segments -> (``[rows + captions, dim]``, its segments).
     """
 
     def __init__(self, config: CocaConfig) -> None:
@@ -112,14 +121,34 @@ class CocaTextEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(config.dim))
         # the last position belongs to CLS, whatever the caption's length
         self.position = nn.Parameter(torch.zeros(config.context_length + 1, config.dim))
+        init_transformer(self.word)
+        for parameter in (self.class_token, self.position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def embed(self, token_ids: Tensor, segments: Segments) -> tuple[Tensor, Segments]:
+        if segments.max_length > self.context_length:
+            raise ValueError(f"captions must have at most {self.context_length} tokens; received one of {segments.max_length}.")
+        with_class = Segments([n + 1 for n in segments.lengths], token_ids.device)
+        words = self.word(token_ids).to(self.class_token.dtype)
+        x = self.class_token.repeat(with_class.rows, 1).index_copy(0, with_class.rows_before_last(1), words)
+        positions = with_class.positions().index_fill(0, with_class.last_rows(), self.context_length)
+        return x + self.position[positions], with_class
+
+
+class CocaTextEncoder(CocaWords):
+    """The unimodal half: causal blocks over words and CLS rows, each of which sees its caption's words.
+
+    Shape: token_ids ``[rows]``, segments -> (words ``[rows, dim]``, CLS ``[captions, dim]`` after the final norm).
+    """
+
+    def __init__(self, config: CocaConfig) -> None:
+        super().__init__(config)
         self.blocks = nn.ModuleList(
             PreNormBlock(config.dim, config.num_heads, config.hidden_dim, eps=config.eps, backend=config.backend)
             for _ in range(config.unimodal_depth)
         )
         self.norm = nn.LayerNorm(config.dim, config.eps)
-        self.apply(init_transformer)
-        for parameter in (self.class_token, self.position):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        self.blocks.apply(init_transformer)
 
     def describe(self, token_ids: Tensor, segments: Segments) -> PassInfo:
         """What a call processed, for a profile (the CLS rows count)."""
@@ -127,15 +156,8 @@ class CocaTextEncoder(nn.Module):
         return PassInfo("text_encoder", len(segments), rows, rows)
 
     def forward(self, token_ids: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        if segments.max_length > self.context_length:
-            raise ValueError(f"captions must have at most {self.context_length} tokens; received one of {segments.max_length}.")
-        device = token_ids.device
-        with_class = Segments([n + 1 for n in segments.lengths], device)
-        words = with_class.rows_before_last(1)
-        ends = with_class.last_rows()
-        positions = with_class.positions().index_fill(0, ends, self.context_length)
-        x = self.class_token.repeat(with_class.rows, 1).index_copy(0, words, self.word(token_ids).to(self.class_token.dtype))
-        x = x + self.position[positions]
+        x, with_class = self.embed(token_ids, segments)
+        words, ends = with_class.rows_before_last(1), with_class.last_rows()
         plan = AttentionPlan.self_attention(with_class, causal=True)
         for block in self.blocks:
             x = block(x, plan)
@@ -179,15 +201,39 @@ class CocaDecoder(nn.Module):
         return self.norm(rows)
 
 
-class CocaImageEncoder(nn.Module):
+class CocaPoolers(nn.Module):
+    """Both attentional poolers over an image encoder's tokens.
+
+    Shape: tokens ``[rows, vision_dim]``, lengths of the images -> (caption tokens ``[batch * caption_queries, dim]``, ``[batch, dim]``).
+    """
+
+    def __init__(self, config: CocaConfig) -> None:
+        super().__init__()
+        self.cascade = config.pooler == "cascade"
+        second = config.dim if self.cascade else config.vision_dim
+        heads, backend = config.pooler_heads, config.backend
+        self.caption_pooler = AttentionalPooler(config.dim, config.vision_dim, heads, config.caption_queries, backend=backend)
+        self.caption_norm = nn.LayerNorm(config.dim, config.eps)
+        self.contrastive_pooler = AttentionalPooler(config.dim, second, heads, 1, backend=backend)
+        self.contrastive_norm = nn.LayerNorm(config.dim, config.eps)
+
+    def pool(self, tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Caption tokens and the contrastive row of every image."""
+        captioning = self.caption_norm(self.caption_pooler(tokens, self.caption_pooler.plan(lengths, tokens.device)))
+        queries = [self.caption_pooler.n_queries] * len(lengths)
+        context, context_lengths = (captioning, queries) if self.cascade else (tokens, lengths)
+        pooled = self.contrastive_pooler(context, self.contrastive_pooler.plan(context_lengths, tokens.device))
+        return captioning, self.contrastive_norm(pooled)
+
+
+class CocaImageEncoder(CocaPoolers):
     """The vision transformer and both attentional poolers.
 
     Shape: images ``[batch, 3, image_size, image_size]`` -> (caption tokens ``[batch * caption_queries, dim]``, ``[batch, dim]``).
     """
 
     def __init__(self, config: CocaConfig) -> None:
-        super().__init__()
-        self.cascade = config.pooler == "cascade"
+        super().__init__(config)
         self.encoder = VisionTransformer(
             image_size=config.image_size,
             patch_size=config.patch_size,
@@ -199,25 +245,13 @@ class CocaImageEncoder(nn.Module):
             class_token=False,
             backend=config.backend,
         )
-        second = config.dim if self.cascade else config.vision_dim
-        heads, backend = config.pooler_heads, config.backend
-        self.caption_pooler = AttentionalPooler(config.dim, config.vision_dim, heads, config.caption_queries, backend=backend)
-        self.caption_norm = nn.LayerNorm(config.dim, config.eps)
-        self.contrastive_pooler = AttentionalPooler(config.dim, second, heads, 1, backend=backend)
-        self.contrastive_norm = nn.LayerNorm(config.dim, config.eps)
 
     def describe(self, images: Tensor) -> PassInfo:
         """What a call processed, for a profile (the encoder's tokens)."""
         return self.encoder.describe(images)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        batch, queries = len(images), self.caption_pooler.n_queries
-        tokens = self.encoder(images)
-        token_lengths = [self.encoder.num_tokens] * batch
-        captioning = self.caption_norm(self.caption_pooler(tokens, self.caption_pooler.plan(token_lengths, tokens.device)))
-        context, lengths = (captioning, [queries] * batch) if self.cascade else (tokens, token_lengths)
-        pooled = self.contrastive_pooler(context, self.contrastive_pooler.plan(lengths, tokens.device))
-        return captioning, self.contrastive_norm(pooled)
+        return self.pool(self.encoder(images), self.encoder.segments(len(images)).lengths)
 
 
 class CocaTowers(nn.Module):
@@ -235,13 +269,21 @@ class CocaTowers(nn.Module):
 
     def encode_image(self, images: Tensor) -> CocaImage:
         """Images ``[batch, 3, image_size, image_size]`` -> pooled caption tokens and contrastive features."""
-        rows, pooled = self.image_encoder(images)
-        segments = Segments([rows.shape[0] // max(len(images), 1)] * len(images), rows.device)
-        return CocaImage(rows, segments, unit_features(self.image_projection(pooled)))
+        return self._image_output(len(images), *self.image_encoder(images))
 
     def encode_text(self, token_ids: Tensor, segments: Segments) -> CocaText:
         """Captions -> unimodal states of their words and contrastive features from their CLS rows."""
-        rows, pooled = self.text_encoder(token_ids, segments)
+        return self._text_output(segments, *self.text_encoder(token_ids, segments))
+
+    def encode(self, images: Tensor, token_ids: Tensor, segments: Segments) -> tuple[CocaImage, CocaText]:
+        """Images and captions, of which there need not be equally many; neither sees the other."""
+        return self.encode_image(images), self.encode_text(token_ids, segments)
+
+    def _image_output(self, batch: int, rows: Tensor, pooled: Tensor) -> CocaImage:
+        segments = Segments([rows.shape[0] // max(batch, 1)] * batch, rows.device)
+        return CocaImage(rows, segments, unit_features(self.image_projection(pooled)))
+
+    def _text_output(self, segments: Segments, rows: Tensor, pooled: Tensor) -> CocaText:
         return CocaText(rows, segments, unit_features(self.text_projection(pooled)))
 
     def word_hidden(self, text: CocaText, image: CocaImage, index: list[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -267,6 +309,10 @@ class Coca(CocaTowers):
 
     def __init__(self, config: CocaConfig) -> None:
         super().__init__()
+        if config.experts:
+            raise ValueError(
+                "Coca has a tower of each modality, experts=False; experts=True is CocaExperts. Received experts=True."
+            )
         self.config = config
         self.image_encoder = CocaImageEncoder(config)
         self.text_encoder = CocaTextEncoder(config)

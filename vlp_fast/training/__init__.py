@@ -9,6 +9,7 @@ from vlp_fast.training.coca import CocaPretraining
 from vlp_fast.training.coca_palm import CocaPalmPretraining
 from vlp_fast.training.objective import SCHEDULES, PretrainingObjective
 from vlp_fast.training.registry import MODELS, SIZES, build_pretraining, caption_lengths, preset, synthetic_batch
+from vlp_fast.training.visual_tokenizer import train_visual_tokenizer, visual_tokenizer_losses
 from vlp_fast.training.vlmo import VlmoInputs, VlmoPretraining
 
 __all__ = [
@@ -35,5 +36,7 @@ __all__ = [
     "nlvr2_loss",
     "preset",
     "synthetic_batch",
+    "train_visual_tokenizer",
+    "visual_tokenizer_losses",
     "vqa_loss",
 ]

@@ -23,7 +23,8 @@ IMAGE_RATIO, TEXT_RATIO, PAIR_TEXT_RATIO = 0.4, 0.15, 0.5  # sections 2.2 and 3.
 
 
 class VisualTokenizer(Protocol):
-    """What turns images into the ids that masked patches predict: BEiT v2's VQ-KD, or `vlp_fast.data.PatchCodebook`."""
+    """What turns images into the ids that masked patches predict: `vlp_fast.models.VqTokenizer`, which is trained before, the simpler
+    `vlp_fast.data.PatchCodebook`, or your own, such as BEiT v2's VQ-KD."""
 
     @property
     def num_codes(self) -> int: ...
@@ -93,6 +94,7 @@ class Beit3Pretraining(PretrainingObjective):
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"mim": 1.0, "mlm": 1.0, "mvlm": 1.0}
+    visual_tokenizer: VisualTokenizer
 
     def __init__(
         self,
@@ -110,7 +112,8 @@ class Beit3Pretraining(PretrainingObjective):
                 f"received {config.visual_vocab_size}."
             )
         self.model = Beit3MaskedModel(config)
-        self.visual_tokenizer = visual_tokenizer
+        # not as a part: where it is a module, its parameters are not this step's to train, move or save
+        self.__dict__["visual_tokenizer"] = visual_tokenizer
         self.mask_id, self.special_ids = mask_id, tuple(special_ids)
 
     def towers(self) -> dict[str, nn.Module]:
@@ -152,8 +155,9 @@ class Beit3Pretraining(PretrainingObjective):
     def _mixed(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
         """One forward of the encoder, whose last layer computes masked rows only."""
         model, (images, texts, pair_images, pair_texts) = self.model, inputs.parts()
+        tokens = model.num_image_tokens
         read = Beit3Read(
-            torch.cat([images.rows, len(images.images) * model.num_image_tokens + pair_images.rows]),
+            torch.cat([images.rows, len(images.images) * tokens + pair_images.rows]),
             [*images.counts, *pair_images.counts, *[0] * len(texts.lengths)],
             torch.cat([pair_texts.rows, len(pair_texts.token_ids) + texts.rows]),
             [*[0] * len(images.images), *pair_texts.counts, *texts.counts],
@@ -166,6 +170,11 @@ class Beit3Pretraining(PretrainingObjective):
                 Segments([*pair_texts.lengths, *texts.lengths], texts.token_ids.device),
                 len(pair_images.images),
                 read,
+                (
+                    ("mim", len(images.images), len(images.images) * tokens),
+                    ("mlm", len(texts.lengths), len(texts.token_ids)),
+                    ("mvlm", len(pair_images.images), len(pair_images.images) * tokens + len(pair_texts.token_ids)),
+                ),
             )
         alone, paired = image.split([len(images.rows), len(pair_images.rows)])
         described, other = text.split([len(pair_texts.rows), len(texts.rows)])
