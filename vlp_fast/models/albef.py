@@ -41,7 +41,8 @@ class AlbefConfig:
     """Sizes and constants of ALBEF; the defaults are the released model at 256 pixels.
 
     Layers 0 to ``fusion_layer - 1`` of the `depth` text layers read text alone; the others read an image too.
-    `vocab_size` counts bert-base-uncased's words; the three ids are its [PAD], [CLS] and [MASK].
+    `vocab_size` counts bert-base-uncased's words; the three ids are its [PAD], [CLS] and [MASK]. `patch_drop` is the part of an image's
+    patches left out while training (FLIP), by the momentum encoder too, which draws others.
     """
 
     image_size: int = 256
@@ -51,6 +52,7 @@ class AlbefConfig:
     vision_heads: int = 12
     vision_eps: float = 1e-6
     drop_path: float = 0.0
+    patch_drop: float = 0.0
     dim: int = 768
     depth: int = 12
     fusion_layer: int = 6
@@ -234,6 +236,7 @@ class AlbefEncoders(nn.Module):
             eps=config.vision_eps,
             class_token=True,
             drop_path=config.drop_path,
+            patch_drop=config.patch_drop,
             backend=config.backend,
         )
         self.text_encoder = AlbefTextEncoder(config)

@@ -47,7 +47,8 @@ class BlipConfig:
     """Sizes and constants of BLIP; the defaults are the base model at 224 pixels.
 
     `vocab_size` counts bert-base-uncased's 30,522 words and the two that follow: [DEC] (`dec_id`) and [ENC] (`enc_id`).
-    `vision_hidden_dim` is the width inside the image encoder's MLPs; None is 4 times `vision_dim`.
+    `vision_hidden_dim` is the width inside the image encoder's MLPs; None is 4 times `vision_dim`. `patch_drop` is the part of an
+    image's patches left out while training (FLIP), by the momentum encoder too, which draws others.
     """
 
     image_size: int = 224
@@ -58,6 +59,7 @@ class BlipConfig:
     vision_hidden_dim: int | None = None
     vision_eps: float = 1e-6
     drop_path: float = 0.0
+    patch_drop: float = 0.0
     dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -132,6 +134,7 @@ class BlipImageEncoder(VisionTransformer):
             eps=config.vision_eps,
             class_token=True,
             drop_path=config.drop_path,
+            patch_drop=config.patch_drop,
             backend=config.backend,
         )
 

@@ -35,6 +35,7 @@ class CocaConfig:
 
     The paper trains at 288 pixels with 18-pixel patches: ``coca_preset("base", image_size=288, patch_size=18)``.
     pooler: "cascade" (the contrastive query reads the caption queries, the paper's default) or "parallel" (both read the image).
+    patch_drop: part of an image's patches left out while training (FLIP).
     experts: the image encoder and the unimodal text encoder are one stack of layers with an expert of each modality: `CocaExperts`.
     """
 
@@ -55,6 +56,7 @@ class CocaConfig:
     caption_queries: int = 256
     pooler: str = "cascade"
     pooler_heads: int = 8
+    patch_drop: float = 0.0
     experts: bool = False
     backend: str | None = None
 
@@ -243,6 +245,7 @@ class CocaImageEncoder(CocaPoolers):
             hidden_dim=4 * config.vision_dim,
             eps=config.eps,
             class_token=False,
+            patch_drop=config.patch_drop,
             backend=config.backend,
         )
 

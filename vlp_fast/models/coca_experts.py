@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models.coca import CocaConfig, CocaDecoder, CocaImage, CocaPoolers, CocaText, CocaTowers, CocaWords
-from vlp_fast.modules import Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, SelfAttention, init_transformer
+from vlp_fast.modules import (
+    Linear,
+    MultiwayLayerNorm,
+    MultiwayLinear,
+    PatchDrop,
+    PatchEmbedding,
+    SelfAttention,
+    init_transformer,
+)
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
@@ -62,6 +70,7 @@ class CocaExpertEncoder(CocaWords):
         self.patch_embedding = PatchEmbedding(config.image_size, config.patch_size, config.dim)
         self.num_image_tokens = self.patch_embedding.num_patches
         self.image_position = nn.Parameter(torch.zeros(self.num_image_tokens, config.dim))
+        self.patch_drop = PatchDrop(self.num_image_tokens, config.patch_drop, class_token=False)
         self.layers = nn.ModuleList(CocaExpertLayer(config) for _ in range(config.unimodal_depth))
         self.image_norm = nn.LayerNorm(config.dim, config.eps)
         self.text_norm = nn.LayerNorm(config.dim, config.eps)
@@ -69,8 +78,8 @@ class CocaExpertEncoder(CocaWords):
         nn.init.trunc_normal_(self.image_position, std=0.02)
 
     def image_lengths(self, batch: int) -> list[int]:
-        """Rows of each image."""
-        return [self.num_image_tokens] * batch
+        """Rows of each image, as the encoder stands: fewer in training than in evaluation with `patch_drop`."""
+        return [self.patch_drop.kept_rows] * batch
 
     def describe(self, images: Tensor | None, token_ids: Tensor | None = None, segments: Segments | None = None) -> PassInfo:
         """What a call processed, for a profile (the CLS rows count)."""
@@ -86,7 +95,7 @@ class CocaExpertEncoder(CocaWords):
         image, lengths = self.class_token.new_zeros(0, self.dim), []
         text, with_class = image, Segments([], device)
         if images is not None:
-            image = (self.patch_embedding(images) + self.image_position).flatten(0, 1)
+            image = self.patch_drop(self.patch_embedding(images) + self.image_position).flatten(0, 1)
             lengths = self.image_lengths(len(images))
         if token_ids is not None and segments is not None:
             text, with_class = self.embed(token_ids, segments)

@@ -29,6 +29,7 @@ from vlp_fast.modules import (
     AttentionalPooler,
     CrossAttention,
     Linear,
+    PatchDrop,
     PatchEmbedding,
     PreNormBlock,
     init_transformer,
@@ -45,7 +46,7 @@ class OpenClipCocaConfig:
 
     pooler_queries: rows pooled of each image, the first for contrast. dim: width of text, decoder, pooled rows and features alike.
     context_length: longest caption, and what shorter ones were padded to with `pad_id`. legacy_class_mask: True for the numbers of
-    published weights, see above.
+    published weights, see above. patch_drop: part of an image's patches left out while training (FLIP; open_clip's patch_dropout).
     """
 
     image_size: int = 224
@@ -66,6 +67,7 @@ class OpenClipCocaConfig:
     vocab_size: int = 49408
     context_length: int = 76
     pad_id: int = 0
+    patch_drop: float = 0.0
     legacy_class_mask: bool = False
     eps: float = 1e-5
     backend: str | None = None
@@ -115,6 +117,7 @@ class OpenClipCocaImageEncoder(nn.Module):
         self.num_tokens = self.patch_embedding.num_patches + 1
         self.class_token = nn.Parameter(torch.zeros(width))
         self.position_embedding = nn.Parameter(torch.zeros(self.num_tokens, width))
+        self.patch_drop = PatchDrop(self.patch_embedding.num_patches, config.patch_drop, class_token=True)
         self.norm_pre = nn.LayerNorm(width, config.eps)
         self.blocks = nn.ModuleList(
             PreNormBlock(width, heads, config.vision_hidden_dim, eps=config.eps, backend=config.backend)
@@ -136,15 +139,15 @@ class OpenClipCocaImageEncoder(nn.Module):
 
     def describe(self, images: Tensor) -> PassInfo:
         """What a call processed, for a profile (the encoder's tokens)."""
-        rows = len(images) * self.num_tokens
+        rows = len(images) * self.patch_drop.kept_rows
         return PassInfo("image_encoder", len(images), rows, rows)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         batch = len(images)
         patches = self.patch_embedding(images)
         x = torch.cat([self.class_token.to(patches.dtype).expand(batch, 1, -1), patches], 1)
-        x = self.norm_pre((x + self.position_embedding).flatten(0, 1))
-        tokens = Segments([self.num_tokens] * batch, x.device)
+        x = self.norm_pre(self.patch_drop(x + self.position_embedding).flatten(0, 1))
+        tokens = Segments([self.patch_drop.kept_rows] * batch, x.device)
         plan = AttentionPlan.self_attention(tokens)
         for block in self.blocks:
             x = block(x, plan)

@@ -2,7 +2,7 @@
 
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.blocks import PostNormBlock, PreNormBlock
-from vlp_fast.modules.embeddings import PatchEmbedding, TextEmbedding, init_transformer
+from vlp_fast.modules.embeddings import PatchDrop, PatchEmbedding, TextEmbedding, init_transformer
 from vlp_fast.modules.features import unit_features
 from vlp_fast.modules.feedforward import MLP, DropPath
 from vlp_fast.modules.linear import Linear
@@ -24,6 +24,7 @@ __all__ = [
     "MultiwayLinear",
     "ParallelBlock",
     "ParallelCrossBlock",
+    "PatchDrop",
     "PatchEmbedding",
     "PostNormBlock",
     "PreNormBlock",

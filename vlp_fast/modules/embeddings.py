@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vlp_fast.modules.linear import Linear
 
-__all__ = ["PatchEmbedding", "TextEmbedding"]
+__all__ = ["PatchDrop", "PatchEmbedding", "TextEmbedding"]
 
 
 class PatchEmbedding(nn.Module):
@@ -36,6 +36,44 @@ class PatchEmbedding(nn.Module):
         p, g = self.patch_size, self.grid
         patches = images.unflatten(3, (g, p)).unflatten(2, (g, p))  # [batch, 3, g, p, g, p]
         return self.proj(patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.num_patches, 3 * p * p))
+
+
+class PatchDrop(nn.Module):
+    """Leaves out patches drawn at random, for each image others, while training; in evaluation every patch stays.
+
+    What is left out is gone: no later layer computes its row. As many patches stay in every image, ``round((1 - share) * num_patches)``
+    and one at least, so lengths are known on the host, and nothing waits for the device, where the draw is made.
+
+    Args:
+        num_patches: of an image. share: part of the patches left out, in [0, 1); FLIP takes 0.5 and 0.75. class_token: the first row of
+            an image is no patch and stays.
+
+    Shape: ``[batch, rows of an image, dim]`` -> ``[batch, kept_rows, dim]``, rows in their order.
+    Raises: ValueError for a share outside [0, 1).
+    Source: Li et al., Scaling Language-Image Pre-training via Masking (2022), section 3. BEiT-3 has no such option: masked image
+        modelling predicts the patches that would be gone. Nor has VLMo, whose attention is biased by the positions of all patches.
+    """
+
+    def __init__(self, num_patches: int, share: float, class_token: bool) -> None:
+        super().__init__()
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"patch_drop must lie in [0, 1); received {share}.")
+        self.num_patches, self.share, self.num_class_rows = num_patches, share, int(class_token)
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows that an image has behind this module, as it stands: in training or in evaluation."""
+        patches = max(round((1.0 - self.share) * self.num_patches), 1) if self.training else self.num_patches
+        return self.num_class_rows + patches
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows, first = len(x), self.kept_rows, self.num_class_rows
+        if rows == x.shape[1]:
+            return x
+        drawn = torch.rand(batch, self.num_patches, device=x.device).argsort(1)[:, : rows - first].sort(1).values + first
+        kept = torch.cat([drawn.new_zeros(batch, 1), drawn], 1) if first else drawn
+        images = torch.arange(batch, device=x.device)[:, None]
+        return x[images, kept]
 
 
 class TextEmbedding(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.blocks import PreNormBlock
-from vlp_fast.modules.embeddings import PatchEmbedding, init_transformer
+from vlp_fast.modules.embeddings import PatchDrop, PatchEmbedding, init_transformer
 from vlp_fast.passes import PassInfo, first_rows
 from vlp_fast.segments import Segments
 
@@ -19,9 +19,11 @@ class VisionTransformer(nn.Module):
 
     Args:
         image_size, patch_size, dim, depth, num_heads, hidden_dim: sizes. eps: of every norm. class_token: prepend one row.
-        drop_path: stochastic depth, rising linearly from 0 to this over the depth. backend: of attention.
+        drop_path: stochastic depth, rising linearly from 0 to this over the depth. patch_drop: part of the patches left out while
+            training, as in `PatchDrop`. backend: of attention.
 
-    Shape: images ``[batch, 3, image_size, image_size]`` -> ``[batch * num_tokens, dim]``, image after image.
+    Shape: images ``[batch, 3, image_size, image_size]`` -> rows of `segments`, image after image; ``[batch * num_tokens, dim]`` where no
+        patch is left out.
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words (2021); final norm as in timm.
     """
 
@@ -37,6 +39,7 @@ class VisionTransformer(nn.Module):
         eps: float,
         class_token: bool,
         drop_path: float = 0.0,
+        patch_drop: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -44,6 +47,7 @@ class VisionTransformer(nn.Module):
         self.num_tokens = self.patch_embedding.num_patches + int(class_token)
         self.class_token = nn.Parameter(torch.zeros(dim)) if class_token else None
         self.position_embedding = nn.Parameter(torch.zeros(self.num_tokens, dim))
+        self.patch_drop = PatchDrop(self.patch_embedding.num_patches, patch_drop, class_token)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             PreNormBlock(dim, num_heads, hidden_dim, eps=eps, drop_path=rate, backend=backend) for rate in rates
@@ -55,12 +59,12 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def segments(self, batch: int, device: torch.device | str | None = None) -> Segments:
-        """The segments of this encoder's output for `batch` images."""
-        return Segments([self.num_tokens] * batch, device)
+        """The segments of this encoder's output for `batch` images: fewer rows in training than in evaluation with `patch_drop`."""
+        return Segments([self.patch_drop.kept_rows] * batch, device)
 
     def describe(self, images: Tensor, *, first_row_only: bool = False) -> PassInfo:
         """What a call processed, for a profile."""
-        rows = len(images) * self.num_tokens
+        rows = len(images) * self.patch_drop.kept_rows
         return PassInfo("image_encoder", len(images), rows, rows)
 
     def forward(self, images: Tensor, *, first_row_only: bool = False) -> Tensor:
@@ -69,10 +73,10 @@ class VisionTransformer(nn.Module):
         x = self.patch_embedding(images)
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x.dtype).expand(batch, 1, -1), x], 1)
-        x = (x + self.position_embedding).flatten(0, 1)
+        x = self.patch_drop(x + self.position_embedding).flatten(0, 1)
         segments = self.segments(batch, x.device)
         plan = AttentionPlan.self_attention(segments)
-        samples = torch.arange(batch, device=x.device).repeat_interleave(self.num_tokens) if self.training else None
+        samples = torch.arange(batch, device=x.device).repeat_interleave(len(x) // max(batch, 1)) if self.training else None
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, plan, samples=samples, num_samples=batch)
