@@ -176,7 +176,8 @@ def pack_passes(
         whole: the last layer computes all rows, as the published codes do, also those that nobody reads.
 
     Raises:
-        ValueError: no pass, an expert that does not exist, or passes with and without images together.
+        ValueError: no pass, an expert that does not exist, passes with and without images together, or an empty caption whose first row
+            is to be read.
     """
     if not passes:
         raise ValueError("a text tower needs at least one pass; received none.")
@@ -192,6 +193,10 @@ def pack_passes(
         if p.images is not None and len(p.images) != len(p.segments):
             raise ValueError(
                 f"images must name one image per caption; received {len(p.images)} for {len(p.segments)} captions of pass {p.name!r}."
+            )
+        if p.first_row_only and 0 in p.segments.lengths:
+            raise ValueError(
+                f"an empty segment has no first row; segment {p.segments.lengths.index(0)} of pass {p.name!r} is empty."
             )
     device = passes[0].token_ids.device
     counts = [len(p.segments) for p in passes]

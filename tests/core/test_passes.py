@@ -118,6 +118,7 @@ def test_pack_passes_takes_an_index_that_only_the_device_knows():
         ([make_pass("a", [1], images=[0])], None, "a pass that reads images needs image_segments; received None."),
         ([make_pass("a", [1], images=[3])], IMAGES, "names key segment 3 of 3."),
         ([make_pass("a", [1, 2], images=[0])], IMAGES, "received 1 for 2 captions of pass 'a'."),
+        ([make_pass("a", [1, 0], first_row_only=True)], None, "no first row; segment 1 of pass 'a' is empty."),
     ],
 )
 def test_pack_passes_says_what_is_wrong(passes, images, message):
