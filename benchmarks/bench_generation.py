@@ -31,6 +31,7 @@ from vlp_fast.generation import generate, rank_captions
 from vlp_fast.measuring import measure, prepare_process
 from vlp_fast.models.checkpoints import hf_blip, open_clip_coca
 from vlp_fast.ops import packed_weights
+from vlp_fast.profile_peers import torchvision_names
 from vlp_fast.segments import Segments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,7 +68,7 @@ def main() -> int:
     for name in ("median ms", "quartiles", "n", "vs first"):
         table.add_column(name, justify="right", no_wrap=True)
     rows, notes = [], []
-    library = _torchvision_ops()
+    library = torchvision_names()
     with torch.no_grad():
         for case in _cases(arguments, notes):
             wrong = case.check()
@@ -94,20 +95,6 @@ def main() -> int:
         report = {"schema": 1, "stamp": about, "rows": rows, "notes": notes}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if any(" is wrong and " in line for line in notes) else 0
-
-
-def _torchvision_ops() -> object:
-    """Names that torchvision lacks where its binary is of another device than torch; transformers and open_clip import it."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    except ImportError:
-        pass
-    return None
 
 
 def _cases(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Case]:

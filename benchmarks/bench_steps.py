@@ -12,7 +12,6 @@ memory of a process of its own with that provider alone, at its second step.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -39,6 +38,7 @@ from vlp_fast.measuring import measure, peak_memory, prepare_process
 from vlp_fast.models import beit3_preset
 from vlp_fast.models.checkpoints import open_clip_coca
 from vlp_fast.models.checkpoints.beit3 import format_of
+from vlp_fast.profile_peers import torchvision_names
 from vlp_fast.training import Beit3Pretraining, CocaPretraining, caption_lengths, salesforce_blip
 from vlp_fast.training.beit3 import Beit3Inputs, MaskedImages, MaskedTexts
 
@@ -302,7 +302,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _coca(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
-    _coca.library = _torchvision_ops()  # its names go with it
+    _coca.library = torchvision_names()  # its names go with it
     from open_clip.coca_model import CoCa
     from open_clip.loss import CoCaLoss
 
@@ -340,15 +340,6 @@ def _coca(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
     return Steps(rival, rival_step, own, {1: batch, 2: _twice(batch)}, {"contrastive": 1.0, "caption": 2.0})
 
 
-def _torchvision_ops() -> object:
-    """Names that torchvision lacks where its binary is of another device than torch; open_clip and torchscale import it."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is there
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
 # ------------------------------------------------------------------------------------------------------------------- BEiT-3
 
 
@@ -381,7 +372,7 @@ class _Torchscale(nn.Module):
 
 
 def _beit3(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
-    _beit3.library = _torchvision_ops()
+    _beit3.library = torchvision_names()
     rival = _Torchscale(sizes)
     state = {name: t for name, t in rival.state_dict().items() if name.startswith("beit3.")}
     trunk = format_of(state).load(state, num_heads=sizes["heads"])

@@ -220,22 +220,16 @@ def pack_passes(
         )
     lengths = np.asarray(segments.lengths, np.int64)
     kept = lengths if whole else np.where(first_only[order], np.minimum(lengths, 1), lengths)
+    plan, offsets = AttentionPlan.from_edges(segments, segments, edges), _expert_offsets(experts[order], lengths, num_experts)
     read = None
     if (kept != lengths).any():
-        numbers = np.arange(int(kept.sum())) + np.repeat(segments.host_offsets[:-1] - (np.cumsum(kept) - kept), kept)
-        queries = Segments(kept, device)
-        read = ReadRows(
-            _to_device(numbers, device),
-            AttentionPlan.from_edges(queries, segments, edges),
-            _cross_plan(queries, cross),
-            _expert_offsets(experts[order], kept, num_experts),
-        )
+        read = leading_rows(plan, kept.tolist(), offsets)._replace(cross_plan=_cross_plan(Segments(kept, device), cross))
     return PackedPasses(
         token_ids if np.array_equal(order, index) else token_ids[rows],
         segments.positions(),
-        AttentionPlan.from_edges(segments, segments, edges),
+        plan,
         _cross_plan(segments, cross),
-        _expert_offsets(experts[order], lengths, num_experts),
+        offsets,
         read,
         _picks(order, kept, np.where(first_only[order], np.minimum(lengths, 1), lengths), counts, device),
     )

@@ -263,7 +263,7 @@ def profile_peer(
     torch.manual_seed(_SEED)
     images = torch.randn(batch, 3, side, side, generator=generator).to(device)
     inputs = _Inputs(images, caption_lengths(batch), device, generator)
-    library = _torchvision_ops()
+    library = torchvision_names()
     try:
         made = build(size, side, inputs)
     except ImportError as error:
@@ -286,12 +286,15 @@ def _total(losses: Losses) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def _torchvision_ops() -> object:
-    """Names that torchvision lacks where its binary is of another device than torch; transformers and open_clip import it."""
+def torchvision_names() -> object:
+    """Names that torchvision lacks where its binary is of another device than torch; transformers, open_clip and torchscale import it.
+
+    They go with what is returned: keep it.
+    """
     try:
         import torchvision  # noqa: F401
     except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "DEF")
+        library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return library

@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class packed_weights:
-    """Within the block, products with the model's weights read copies of them in oneDNN's own layout, a third faster for few rows.
+    """Within the block, products with the model's weights read copies of them in oneDNN's own layout: faster, the fewer the rows.
 
         with packed_weights(model):
             for images in batches:
