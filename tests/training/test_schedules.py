@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlp_fast.data.batches import Batch
 from vlp_fast.models.vlmo import vlmo_preset
-from vlp_fast.training import build_pretraining
+from vlp_fast.ops import _autocast
+from vlp_fast.training import build_pretraining, synthetic_batch
 from vlp_fast.training.vlmo import VlmoPretraining
 
 SMALL = {"image_size": 32, "vocab_size": 100}
@@ -137,3 +139,36 @@ def test_schedules_have_the_same_statistics_under_dropout(name):
     assert ((found.mean(0) - expected.mean(0)).abs() < 4.5 * error + 1e-6).all()
     assert (found.std(0) > 0).all()
     assert ((found.std(0) / expected.std(0)).log().abs() < 0.5).all()
+
+
+def test_a_parameter_is_cast_once_for_all_forwards_of_a_step():
+    """Under autocast; gradients are those of casting in each forward, up to bf16's rounding of their sum."""
+    blip = build_pretraining("blip", "tiny")
+    batch = synthetic_batch(blip.model.config, [5, 3])
+    weight = blip.model.text_tower.blocks[0].attention.qkv.weight
+    casts = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0] is weight:
+                casts.append(kwargs["dtype"])
+            return function(*args, **(kwargs or {}))
+
+    def gradient(call):
+        torch.manual_seed(0)
+        blip.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = call(batch, negatives=(torch.tensor([1, 0]), torch.tensor([1, 0])))
+        blip.total(losses).backward()
+        return weight.grad.clone()
+
+    blip.eval()
+    with Counted():
+        once = gradient(blip)
+    assert casts == [torch.bfloat16]
+    casts.clear()
+    with Counted():
+        often = gradient(blip.forward)
+    assert casts == 2 * [torch.bfloat16]  # the contrast's pass and the packed one
+    torch.testing.assert_close(once, often, rtol=0.02, atol=0.02 * often.abs().max().item())
+    assert _autocast._casts.get() is None

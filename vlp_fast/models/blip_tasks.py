@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models.blip import BlipConfig, BlipImageEncoder, BlipTextTower, Captioning, ImageRows
-from vlp_fast.modules import MLP, CrossAttention, Linear, SelfAttention, TextEmbedding, init_transformer
+from vlp_fast.modules import MLP, CrossAttention, Dropout, Linear, SelfAttention, TextEmbedding, init_transformer
 from vlp_fast.passes import PassInfo, TextPass, with_first_token
 from vlp_fast.segments import Segments
 
@@ -137,7 +137,7 @@ class Nlvr2Block(nn.Module):
         self.cross_norm = nn.LayerNorm(dim, config.text_eps)
         self.mlp = MLP(dim, config.hidden_dim)
         self.mlp_norm = nn.LayerNorm(dim, config.text_eps)
-        self.dropout = nn.Dropout(p)
+        self.dropout = Dropout(p)
 
     def forward(self, x: Tensor, plan: AttentionPlan, images: Sequence[Tensor], cross_plan: AttentionPlan) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, plan)))

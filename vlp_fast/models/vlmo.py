@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import DropPath, Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, init_transformer
+from vlp_fast.modules import Dropout, DropPath, Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, init_transformer
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
 from vlp_fast.ops import attention, linear
 from vlp_fast.passes import Parts, PassInfo, leading_rows
@@ -401,7 +401,7 @@ class Vlmo(nn.Module):
         self.image_position = None if config.relative else nn.Parameter(torch.zeros(self.num_image_tokens, dim))
         self.text_position = None if config.relative else nn.Embedding(config.max_positions, dim)
         self.text_norm = nn.LayerNorm(dim, TEXT_EPS)
-        self.text_dropout = nn.Dropout(config.drop_path)
+        self.text_dropout = Dropout(config.drop_path)
         self.modality = nn.Parameter(torch.zeros(2, dim))  # text, image
         self.encoder = VlmoEncoder(config)
         self.pooler = Linear(dim, dim)

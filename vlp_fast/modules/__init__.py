@@ -2,6 +2,7 @@
 
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.blocks import PostNormBlock, PreNormBlock
+from vlp_fast.modules.dropout import Dropout
 from vlp_fast.modules.embeddings import PatchDrop, PatchEmbedding, TextEmbedding, init_transformer
 from vlp_fast.modules.features import unit_features
 from vlp_fast.modules.feedforward import MLP, DropPath
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionalPooler",
     "CrossAttention",
     "DropPath",
+    "Dropout",
     "Linear",
     "MultiQueryPooler",
     "MultiwayAttention",

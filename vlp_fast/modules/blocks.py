@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
+from vlp_fast.modules.dropout import Dropout
 from vlp_fast.modules.feedforward import MLP, DropPath
 from vlp_fast.modules.multiway import MultiwayAttention, MultiwayLayerNorm
 from vlp_fast.passes import ReadRows
@@ -97,7 +98,7 @@ class PostNormBlock(nn.Module):
             self.cross_norm = nn.LayerNorm(dim, eps)
         self.mlp = MLP(dim, hidden_dim)
         self.mlp_norm = nn.LayerNorm(dim, eps)
-        self.dropout = nn.Dropout(dropout_p)
+        self.dropout = Dropout(dropout_p)
 
     def forward(
         self,

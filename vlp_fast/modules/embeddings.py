@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlp_fast.modules.dropout import Dropout
 from vlp_fast.modules.linear import Linear
 
 __all__ = ["PatchDrop", "PatchEmbedding", "TextEmbedding"]
@@ -100,7 +101,7 @@ class TextEmbedding(nn.Module):
         self.word = nn.Embedding(vocab_size, dim, padding_idx=padding_idx)
         self.position = nn.Embedding(max_positions, dim)
         self.norm = nn.Identity() if eps is None else nn.LayerNorm(dim, eps)
-        self.dropout = nn.Dropout(dropout_p)
+        self.dropout = Dropout(dropout_p)
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         return self.dropout(self.norm(self.word(token_ids) + self.position(positions)))

@@ -1,4 +1,7 @@
-"""The torch backend of attention: scaled_dot_product_attention over the plan's padded groups, traceable by torch.compile."""
+"""The torch backend of attention, traceable by torch.compile: scaled_dot_product_attention over the plan's padded groups.
+
+bf16 on CPUs where that is slow goes to batched products (`_attention_bf16`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlp_fast.attention_plan import AttentionPlan
+from vlp_fast.ops import _attention_bf16
 from vlp_fast.padding import PaddedBucket, padded_plan
 
 __all__ = ["attention"]
@@ -47,9 +51,12 @@ def attention(
             if biases is not None:
                 bias = biases[number].to(q.dtype)
                 mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
-            out = F.scaled_dot_product_attention(
-                qb, kb, vb, attn_mask=mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            if biases is None and _attention_bf16.is_for_products(qb, kb, vb, mask):
+                out = _attention_bf16.attention(qb, kb, vb, mask, bucket.causal, scale)
+            else:
+                out = F.scaled_dot_product_attention(
+                    qb, kb, vb, attn_mask=mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                )
         outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], q.shape[2]))  # [slots, heads, head_dim]
     if padded.slots is None:
         return (outs[0], lses[0]) if return_lse else outs[0]

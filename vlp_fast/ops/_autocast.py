@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_to_compute"]
+__all__ = ["autocast_to_compute", "parameters_cast_once"]
+
+# (id, dtype) -> a parameter, its version, and what it was cast to
+_Casts = dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]]
+_casts: ContextVar[_Casts | None] = ContextVar("casts", default=None)
+
+
+@contextmanager
+def parameters_cast_once() -> Iterator[None]:
+    """Within it, a parameter that several forwards use is cast by the first; their gradients add up before they are cast back.
+
+    For the forwards of one step, whose graph is alive. A parameter that was written to meanwhile is cast again.
+    """
+    if _casts.get() is not None or torch.compiler.is_compiling():
+        yield
+        return
+    token = _casts.set({})
+    try:
+        yield
+    finally:
+        _casts.reset(token)
 
 
 def autocast_to_compute(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -14,4 +38,18 @@ def autocast_to_compute(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype in (torch.float64, dtype) else _cast(t, dtype) for t in tensors
+    )
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling() or not (t.is_leaf and t.requires_grad and torch.is_grad_enabled()):
+        return t.to(dtype)
+    casts = _casts.get()
+    if casts is None:
+        return t.to(dtype)
+    found = casts.get((id(t), dtype))
+    if found is None or found[1] != t._version:
+        found = casts[id(t), dtype] = (t, t._version, t.to(dtype))
+    return found[2]

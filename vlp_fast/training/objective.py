@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlp_fast.data.batches import Batch
 from vlp_fast.ops import attention_only
+from vlp_fast.ops._autocast import parameters_cast_once
 
 __all__ = ["SCHEDULES", "PretrainingObjective"]
 T = TypeVar("T")
@@ -36,6 +37,11 @@ class PretrainingObjective(nn.Module):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; received {schedule!r}.")
         self.schedule = schedule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; under autocast the forwards of this step share their casts of parameters."""
+        with parameters_cast_once():
+            return super().__call__(*args, **kwargs)
 
     @property
     def packed(self) -> bool:
