@@ -60,6 +60,40 @@ def test_patch_drop_keeps_every_patch_equally_often(class_token):
     assert ((counts[int(class_token) :] / images - share).abs() < 5 * deviation).all()
 
 
+MASK_COUNTS = (0, 5, 12, 11, 1)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_patch_drop_keeps_every_masked_patch_and_a_part_of_the_others(class_token):
+    drop, first = PatchDrop(12, 0.5, class_token), int(class_token)
+    mask = torch.zeros(5, 12, dtype=torch.bool)
+    for i, count in enumerate(MASK_COUNTS):
+        mask[i, torch.randperm(12)[:count]] = True
+    lengths = drop.kept_lengths(MASK_COUNTS)
+    assert lengths == [first + n for n in (6, 5 + 4, 12, 11 + 1, 1 + 6)]  # round(3.5) is 4, round(5.5) is 6; one visible stays
+    rows = drop.draw_masked(mask, lengths)
+    assert len(rows) == sum(lengths)
+    assert (rows.diff() > 0).all()
+    stays = (
+        torch.zeros(len(mask), first + 12, dtype=torch.bool).flatten().index_fill(0, rows, True).unflatten(0, (-1, first + 12))
+    )
+    assert stays.sum(1).tolist() == lengths
+    assert stays[:, :first].all()
+    assert stays[:, first:][mask].all()
+    assert drop.eval().kept_lengths(MASK_COUNTS) == [first + 12] * 5
+
+
+def test_patch_drop_keeps_every_visible_patch_equally_often():
+    drop, images = PatchDrop(12, 0.5, class_token=False), 8000
+    mask = torch.zeros(images, 12, dtype=torch.bool)
+    mask[:, 2:6] = True
+    kept = drop.draw_masked(mask, drop.kept_lengths([4] * images))
+    counts = torch.bincount(kept % 12, minlength=12)
+    assert (counts[2:6] == images).all()
+    visible, deviation = counts[[0, 1, 6, 7, 8, 9, 10, 11]] / images, (0.25 / images) ** 0.5
+    assert ((visible - 0.5).abs() < 5 * deviation).all()
+
+
 def test_patch_drop_is_the_encoder_over_the_patches_that_stay():
     """Against the full encoder's own parts on the rows that the same random numbers keep."""
     model, images = encoder(0.5), torch.randn(2, 3, 32, 32)

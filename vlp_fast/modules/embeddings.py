@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vlp_fast.modules.dropout import Dropout
 from vlp_fast.modules.linear import Linear
+from vlp_fast.segments import Segments
 
 __all__ = ["PatchDrop", "PatchEmbedding", "TextEmbedding"]
 
@@ -43,7 +46,9 @@ class PatchDrop(nn.Module):
     """Leaves out patches drawn at random, for each image others, while training; in evaluation every patch stays.
 
     What is left out is gone: no later layer computes its row. As many patches stay in every image, ``round((1 - share) * num_patches)``
-    and one at least, so lengths are known on the host, and nothing waits for the device, where the draw is made.
+    and one at least, so lengths are known on the host, and nothing waits for the device, where the draw is made. Masked patches, whose
+    content is to be predicted, all stay (`draw_masked`): the share is then of the visible ones, and an image keeps its masked patches and
+    ``round((1 - share) * visible)`` others, one at least where any is visible.
 
     Args:
         num_patches: of an image. share: part of the patches left out, in [0, 1); FLIP takes 0.5 and 0.75. class_token: the first row of
@@ -51,8 +56,7 @@ class PatchDrop(nn.Module):
 
     Shape: ``[batch, rows of an image, dim]`` -> ``[batch, kept_rows, dim]``, rows in their order.
     Raises: ValueError for a share outside [0, 1).
-    Source: Li et al., Scaling Language-Image Pre-training via Masking (2022), section 3. BEiT-3 has no such option: masked image
-        modelling predicts the patches that would be gone. Nor has VLMo, whose attention is biased by the positions of all patches.
+    Source: Li et al., Scaling Language-Image Pre-training via Masking (2022), section 3.
     """
 
     def __init__(self, num_patches: int, share: float, class_token: bool) -> None:
@@ -64,17 +68,41 @@ class PatchDrop(nn.Module):
     @property
     def kept_rows(self) -> int:
         """Rows that an image has behind this module, as it stands: in training or in evaluation."""
-        patches = max(round((1.0 - self.share) * self.num_patches), 1) if self.training else self.num_patches
-        return self.num_class_rows + patches
+        return self.num_class_rows + self._count(self.num_patches)
+
+    def kept_lengths(self, mask_counts: Sequence[int]) -> list[int]:
+        """Rows that images have behind this module, as it stands, of whose patches so many are masked."""
+        return [self.num_class_rows + n + self._count(self.num_patches - n) for n in mask_counts]
+
+    def draw(self, batch: int, device: torch.device) -> Tensor | None:
+        """Which rows stay of each image: int64 ``[batch, kept_rows]``, rising, drawn anew by every call; None: all."""
+        rows, first = self.kept_rows, self.num_class_rows
+        if rows == first + self.num_patches:
+            return None
+        drawn = torch.rand(batch, self.num_patches, device=device).argsort(1)[:, : rows - first].sort(1).values + first
+        return torch.cat([drawn.new_zeros(batch, 1), drawn], 1) if first else drawn
+
+    def draw_masked(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+        """As `draw`, of packed images, with every masked patch: int64 ``[sum(lengths)]``, rising.
+
+        Args:
+            mask: bool ``[batch, num_patches]``. lengths: `kept_lengths` of its counts.
+        """
+        batch, first = len(mask), self.num_class_rows
+        draw = torch.rand(batch, self.num_patches, device=mask.device).masked_fill(mask, -1.0)  # masked patches come first
+        limits = Segments([n - first for n in lengths], mask.device).offsets.diff()
+        stays = torch.cat([mask.new_ones(batch, first), draw.argsort(1).argsort(1) < limits[:, None]], 1).flatten()
+        # a sort, where nonzero would make the host wait for how many there are
+        rows = torch.arange(len(stays), device=mask.device).masked_fill(~stays, len(stays))
+        return rows.sort().values[: sum(lengths)]
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, rows, first = len(x), self.kept_rows, self.num_class_rows
-        if rows == x.shape[1]:
-            return x
-        drawn = torch.rand(batch, self.num_patches, device=x.device).argsort(1)[:, : rows - first].sort(1).values + first
-        kept = torch.cat([drawn.new_zeros(batch, 1), drawn], 1) if first else drawn
-        images = torch.arange(batch, device=x.device)[:, None]
-        return x[images, kept]
+        kept = self.draw(len(x), x.device)
+        return x if kept is None else x[torch.arange(len(x), device=x.device)[:, None], kept]
+
+    def _count(self, patches: int) -> int:
+        """How many stay of so many patches that may be left out."""
+        return max(round((1.0 - self.share) * patches), min(patches, 1)) if self.training else patches
 
 
 class TextEmbedding(nn.Module):
