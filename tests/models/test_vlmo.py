@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vlp_fast import Segments
 from vlp_fast.data.batches import Batch
@@ -130,6 +131,48 @@ def test_vlmo_relative_positions_tell_words_apart(captions):
     rows = model.encode_text(ids, Segments([5])).rows
     swapped = model.encode_text(ids[[0, 2, 1, 3, 4]], Segments([5])).rows
     torch.testing.assert_close(rows[0], swapped[0])
+
+
+def dense_rows(model, rows, positions):
+    """Rows of an image alone, with full matrices; positions are those in the bias table."""
+    encoder, n = model.encoder, len(rows)
+    for i, layer in enumerate(encoder.layers):
+        part = layer.attention
+        bias = torch.cat([part.q_bias, torch.zeros_like(part.q_bias), part.v_bias])
+        qkv = F.linear(layer.attention_norm(rows), part.qkv.weight, bias)
+        q, k, v = qkv.view(n, 3, part.num_heads, -1).permute(1, 2, 0, 3)
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        scores = scores + encoder.relative_bias[encoder.buckets[positions][:, positions], i].permute(2, 0, 1)
+        rows = rows + layer.attention_scale * part.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        offsets = (0, 0, n) if layer.num_experts == 2 else (0, 0, n, n)
+        rows = rows + layer.ffn_scale * layer.fc2(layer.fc1(layer.ffn_norm(rows, offsets), offsets), offsets)
+    return encoder.norm(rows)
+
+
+def test_vlmo_bias_follows_the_patches_that_stay(images, monkeypatch):
+    model = vlmo(patch_size=8, patch_drop=0.5)
+    draws, draw = [], model.patch_drop.draw
+    monkeypatch.setattr(model.patch_drop, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
+    out = model.encode_image(images)
+    (kept,) = draws
+    assert kept.shape == (3, 9)
+    assert out.segments.lengths == (9, 9, 9)
+    tokens = model.embed_images(images).unflatten(0, (3, 17))
+    for i, rows in enumerate(out.rows.split(9)):
+        torch.testing.assert_close(rows, dense_rows(model, tokens[i][kept[i]], model.config.max_positions + kept[i]))
+
+
+def test_vlmo_pairs_of_one_image_draw_patches_of_their_own(images, captions, monkeypatch):
+    model, (ids, segments) = vlmo(patch_size=8, patch_drop=0.5), captions
+    draws, draw = [], model.patch_drop.draw
+    monkeypatch.setattr(model.patch_drop, "draw", lambda *args: draws.append(draw(*args)) or draws[-1])
+    together = model.pool_pairs(images, ids, segments, [1, 1, 0])
+    assert len({tuple(row.tolist()) for row in draws[0]}) == 3
+    drawn = iter(draws[0].split(1))
+    monkeypatch.setattr(model.patch_drop, "draw", lambda *args: next(drawn))
+    parts = zip(ids.split(LENGTHS), (1, 1, 0), strict=True)
+    apart = [model.encode_pairs(images[i : i + 1], part, Segments([len(part)])).pooled for part, i in parts]
+    torch.testing.assert_close(together, torch.cat(apart))
 
 
 def test_vlmo_says_what_is_empty_or_does_not_fit(model, images, captions):

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive, make_preset
-from vlp_fast.modules import Dropout, DropPath, Linear, MultiwayLayerNorm, MultiwayLinear, PatchEmbedding, init_transformer
+from vlp_fast.modules import (
+    Dropout,
+    DropPath,
+    Linear,
+    MultiwayLayerNorm,
+    MultiwayLinear,
+    PatchDrop,
+    PatchEmbedding,
+    init_transformer,
+)
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
 from vlp_fast.ops import attention, linear
 from vlp_fast.passes import Parts, PassInfo, leading_rows
@@ -50,7 +59,9 @@ class VlmoConfig:
     vl_start: the first layer with a vision-language expert (`depth`: none has one). layer_scale: start of the branches' scales, None
     for none. relative: positions are a bias on attention scores, else embeddings; with a bias, attention is PyTorch's on every device
     (`modules.biased_attention`). relative_text_length: the text length whose distances the bias has entries for. drop_path: stochastic
-    depth, rising over the depth; the published code also takes it as the dropout after the text embedding. backend: of all else.
+    depth, rising over the depth; the published code also takes it as the dropout after the text embedding. patch_drop: part of an
+    image's patches left out while training (FLIP); each sample draws others, also where samples have the same image, for each is
+    encoded on its own (the bias is then gathered for each, where images alone would share it). backend: of all else.
     """
 
     image_size: int = 224
@@ -65,6 +76,7 @@ class VlmoConfig:
     relative: bool = True
     relative_text_length: int = 196
     drop_path: float = 0.1
+    patch_drop: float = 0.0
     vocab_size: int = 30522
     max_positions: int = 40
     backend: str | None = None
@@ -253,6 +265,7 @@ class VlmoEncoder(nn.Module):
         image_lengths: Sequence[int],
         vl: Sequence[bool] = (),
         *,
+        image_positions: Tensor | None = None,
         first_row_only: bool = False,
         num_pairs: int | None = None,
         parts: Parts = (),
@@ -270,24 +283,26 @@ class VlmoEncoder(nn.Module):
         image_lengths: Sequence[int],
         vl: Sequence[bool] = (),
         *,
+        image_positions: Tensor | None = None,
         first_row_only: bool = False,
         num_pairs: int | None = None,
         parts: Parts = (),
     ) -> list[Tensor]:
         """The lower layers once; the top layers for each entry of `vl`, with their vision-language experts where it is True.
 
+        image_positions: int64 ``[image rows]``, the token of its image that each row is; None: images have all tokens.
         first_row_only: ``[samples, dim]``, the first row of each sample's text; the last layer computes no other.
         num_pairs: not samples with two parts, but texts alone, so many pairs, images alone: see `_mixed`.
         parts: for a profile, what each loss has of this call.
         """
         if num_pairs is not None:
-            return self._mixed(rows, text_lengths, image_lengths, num_pairs)
+            return self._mixed(rows, text_lengths, image_lengths, image_positions, num_pairs)
         text, total = sum(text_lengths), len(rows)
         plan = AttentionPlan.joint(text_lengths, image_lengths, rows.device)
-        alike = len(set(zip(text_lengths, image_lengths, strict=True))) == 1
+        alike = image_positions is None and len(set(zip(text_lengths, image_lengths, strict=True))) == 1
         by_part = self._dropped(torch.arange(2 * len(text_lengths)), plan)  # each expert's branch is dropped on its own
         samples = None if by_part is None else by_part % max(len(text_lengths), 1)
-        positions = self._positions(plan, text)
+        positions = self._positions(plan, text, image_positions)
         pairs = self._pairs(plan, positions, alike=alike)
         lower = VlmoStage(plan, positions, pairs, (0, text, total), samples, by_part, 2 * len(text_lengths))
         kept = [*[1] * len(text_lengths), *[0] * len(text_lengths)] if first_row_only else None
@@ -301,13 +316,20 @@ class VlmoEncoder(nn.Module):
             outs.append(self._top(rows, top if kept is None else self._reading(top, kept)))
         return outs
 
-    def _mixed(self, rows: Tensor, text_lengths: Sequence[int], image_lengths: Sequence[int], num_pairs: int) -> list[Tensor]:
+    def _mixed(
+        self,
+        rows: Tensor,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        image_positions: Tensor | None,
+        num_pairs: int,
+    ) -> list[Tensor]:
         """Texts alone, pairs and images alone in one forward, whose top layers have the vision-language experts for pairs, and for all
         that is alone both kinds: its rows are there twice.
 
         Args:
             rows: of texts alone, of the pairs' texts, of the pairs' images, of images alone. text_lengths: of the former two.
-                image_lengths: of the latter two.
+                image_lengths, image_positions: of the latter two.
 
         Returns: first rows of texts alone, of images alone, both again from the vision-language experts; text rows of the pairs.
         """
@@ -317,7 +339,7 @@ class VlmoEncoder(nn.Module):
         samples, text, total = texts + num_pairs + images, sum(text_lengths), len(rows)
         plan = AttentionPlan.joint(parts_of_text, parts_of_image, rows.device)
         dropped = self._dropped(torch.arange(2 * samples), plan)
-        positions = self._positions(plan, text)
+        positions = self._positions(plan, text, image_positions)
         by_sample = None if dropped is None else dropped % samples
         lower = VlmoStage(plan, positions, self._pairs(plan, positions), (0, text, total), by_sample, dropped, 2 * samples)
         rows = self._run(rows, 0, self.vl_start, lower)
@@ -360,11 +382,13 @@ class VlmoEncoder(nn.Module):
         pairs = self._pairs(read.plan, stage.positions, queries)
         return stage._replace(read=VlmoRead(read.rows, read.plan, pairs, read.expert_offsets))
 
-    def _positions(self, plan: AttentionPlan, text: int) -> Tensor | None:
+    def _positions(self, plan: AttentionPlan, text: int, image_positions: Tensor | None) -> Tensor | None:
         """Positions in the bias table: those of texts come first, so those of an image begin behind the longest text."""
         if self.relative_bias is None:
             return None
         positions = plan.query.positions()
+        if image_positions is not None:
+            positions[text:] = image_positions
         positions[text:] += self.max_positions
         return positions
 
@@ -395,6 +419,7 @@ class Vlmo(nn.Module):
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config.image_size, config.patch_size, dim)
         self.num_image_tokens = self.patch_embedding.num_patches + 1
+        self.patch_drop = PatchDrop(self.patch_embedding.num_patches, config.patch_drop, class_token=True)
         self.class_token = nn.Parameter(torch.zeros(dim))
         self.word = nn.Embedding(config.vocab_size, dim)
         self.sentence_type = nn.Parameter(torch.zeros(2, dim))  # BERT's table, of which only row 0 is read
@@ -441,7 +466,7 @@ class Vlmo(nn.Module):
         return self.text_dropout(self.text_norm(x)) + self.modality[0]
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``.
+        """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``, all patches.
 
         Raises: ValueError for images of another shape, or none.
         """
@@ -487,18 +512,19 @@ class Vlmo(nn.Module):
                 f"encode_pairs needs one caption per image; received {len(segments)} captions for {len(images)} images."
             )
         image_segments = self.image_segments(images)
-        rows = torch.cat([self.embed_text(token_ids, segments), self.embed_images(images)])
-        (rows,) = self.encoder(rows, segments.lengths, image_segments.lengths, vl=(True,))
+        image, positions = self._image_rows(self.embed_images(images))
+        rows = torch.cat([self.embed_text(token_ids, segments), image])
+        (rows,) = self.encoder(rows, segments.lengths, image_segments.lengths, vl=(True,), image_positions=positions)
         text, image = rows[: segments.rows], rows[segments.rows :]
         pooled = torch.tanh(self.pooler(text[segments.first_rows()]))
         return VlmoPairs(text, segments, image, image_segments, pooled)
 
     def pool_pairs(self, images: Tensor, token_ids: Tensor, segments: Segments, index: Sequence[int]) -> Tensor:
         """Caption i with image ``images[index[i]]``, the pixels of each embedded once -> pooled ``[captions, dim]``."""
-        patches = self.embed_images(images).unflatten(0, (len(images), -1))[torch.tensor(index, device=images.device)]
-        rows = torch.cat([self.embed_text(token_ids, segments), patches.flatten(0, 1)])
-        lengths = [self.num_image_tokens] * len(segments)
-        (first,) = self.encoder(rows, segments.lengths, lengths, vl=(True,), first_row_only=True)
+        image, positions = self._image_rows(self.embed_images(images), index)
+        rows = torch.cat([self.embed_text(token_ids, segments), image])
+        lengths = [self.patch_drop.kept_rows] * len(segments)
+        (first,) = self.encoder(rows, segments.lengths, lengths, vl=(True,), image_positions=positions, first_row_only=True)
         return torch.tanh(self.pooler(first))
 
     def contrast_and_mask(
@@ -509,13 +535,17 @@ class Vlmo(nn.Module):
 
         masked_ids: int64 ``[rows]``, the captions with some words hidden. index: the image of each caption.
         """
-        image = self.embed_images(images)
-        paired = image.unflatten(0, (len(images), -1))[torch.tensor(index, device=images.device)].flatten(0, 1)
+        tokens = self.embed_images(images)
+        (paired, paired_positions), (image, positions) = self._image_rows(tokens, index), self._image_rows(tokens)
+        if positions is not None and paired_positions is not None:
+            positions = torch.cat([paired_positions, positions])
         rows = torch.cat([self.embed_text(token_ids, segments), self.embed_text(masked_ids, segments), paired, image])
-        image_lengths = [self.num_image_tokens] * (len(segments) + len(images))
+        image_lengths = [self.patch_drop.kept_rows] * (len(segments) + len(images))
         alone, pairs = segments.rows + len(image), segments.rows + len(paired)
         parts = (("itc", len(segments) + len(images), alone), ("mlm", len(segments), pairs))
-        found = self.encoder(rows, 2 * segments.lengths, image_lengths, num_pairs=len(segments), parts=parts)
+        found = self.encoder(
+            rows, 2 * segments.lengths, image_lengths, image_positions=positions, num_pairs=len(segments), parts=parts
+        )
         text, picture, vl_text, vl_picture, masked = found
         projections = (self.image_projection, self.vl_image_projection, self.text_projection, self.vl_text_projection)
         features = [
@@ -537,15 +567,26 @@ class Vlmo(nn.Module):
         return self.word_norm(F.gelu(self.word_transform(rows)))
 
     def image_segments(self, images: Tensor) -> Segments:
-        """One segment per image."""
-        return Segments([self.num_image_tokens] * len(images), images.device)
+        """One segment per image: of fewer rows in training than in evaluation with `patch_drop`."""
+        return Segments([self.patch_drop.kept_rows] * len(images), images.device)
 
     def _alone_text(self, token_ids: Tensor, segments: Segments, vl: Sequence[bool]) -> list[Tensor]:
         return self.encoder(self.embed_text(token_ids, segments), segments.lengths, [0] * len(segments), vl=vl)
 
     def _alone_image(self, images: Tensor, vl: Sequence[bool]) -> list[Tensor]:
-        lengths = [self.num_image_tokens] * len(images)
-        return self.encoder(self.embed_images(images), [0] * len(images), lengths, vl=vl)
+        rows, positions = self._image_rows(self.embed_images(images))
+        lengths = [self.patch_drop.kept_rows] * len(images)
+        return self.encoder(rows, [0] * len(images), lengths, vl=vl, image_positions=positions)
+
+    def _image_rows(self, tokens: Tensor, index: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Rows of samples with the image ``index[i]``, or an image each, drawn anew for every sample; their tokens, None: all."""
+        images = tokens.unflatten(0, (-1, self.num_image_tokens))
+        chosen = None if index is None else torch.tensor(index, device=tokens.device)
+        kept = self.patch_drop.draw(len(images) if index is None else len(index), tokens.device)
+        if kept is None:
+            return tokens if chosen is None else images[chosen].flatten(0, 1), None
+        chosen = torch.arange(len(images), device=tokens.device) if chosen is None else chosen
+        return images[chosen[:, None], kept].flatten(0, 1), kept.flatten()
 
 
 def _features(rows: Tensor, segments: Segments, projection: nn.Module) -> Tensor:
