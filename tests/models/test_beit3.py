@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from vlp_fast import Segments
-from vlp_fast.models import Beit3, beit3_preset
+from vlp_fast.models import Beit3, Beit3Config, beit3_preset
+from vlp_fast.models.beit3 import Beit3Read
+from vlp_fast.models.beit3_tasks import (
+    Beit3Captioner,
+    Beit3Classifier,
+    Beit3ClassifierConfig,
+    Beit3QuestionAnswering,
+    Beit3Reasoning,
+    Beit3Retrieval,
+)
 
 LENGTHS = [5, 1, 8]
 EXPERT_PARTS = ("ffn_norm", "ffn")
@@ -151,3 +160,105 @@ def test_beit3_captioning_hides_later_words_and_images_read_no_text(images, capt
     assert not same[-2:].any()
     with pytest.raises(ValueError, match="one caption per image"):
         model.encode_captioned(images[:2], ids, segments)
+
+
+COUNTS = (0, 5, 16)  # masked patches of the images
+
+
+@pytest.fixture
+def mask():
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    for i, count in enumerate(COUNTS):
+        mask[i, torch.randperm(16)[:count]] = True
+    return mask
+
+
+def masked_tokens(mask):
+    image, patch = mask.nonzero(as_tuple=True)
+    return image * 17 + 1 + patch
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_beit3_drops_visible_patches_only(images, captions, mask, paper):
+    """All masked patches stay, and what stays is encoded as the encoder encodes those rows, in pairs and alone."""
+    form = {"share_attention": True, "vl_experts_from_layer": 1} if paper else {}
+    model, lengths = make(patch_drop=0.5, **form), [1 + 8, 1 + 5 + 6, 1 + 16]
+    text = model.embed_text(*captions)
+    embedded = model.embed_images(images, mask)
+    for out, words, counts in (
+        (model.encode_image(images, mask, COUNTS), text[:0], [0] * 3),
+        (model.encode_image(images, mask), text[:0], [0] * 3),
+        (model.encode_pairs(images, *captions, mask, COUNTS), text, LENGTHS),
+    ):
+        assert list(out.image_segments.lengths) == lengths
+        tokens = out.image_tokens
+        assert (tokens.diff() > 0).all()
+        assert torch.bincount(tokens // 17).tolist() == lengths
+        assert torch.isin(torch.tensor([0, 17, 34]), tokens).all()
+        assert torch.isin(masked_tokens(mask), tokens).all()
+        image, described = model.encoder(embedded[tokens], lengths, words, counts)
+        torch.testing.assert_close(out.image, image)
+        torch.testing.assert_close(out.text, described)
+
+
+def test_beit3_reads_the_rows_of_masked_patches(images, captions, mask, monkeypatch):
+    """With an encoder that returns what enters, read rows are the embedded masked patches, whatever was left out."""
+    model, tokens = make(patch_drop=0.5), masked_tokens(mask)
+    embedded = model.embed_images(images, mask)
+    read = Beit3Read(tokens, COUNTS, torch.arange(0), [0] * 3)
+
+    def forward(image, image_lengths, text, text_lengths, causal_text=False, *, read=None, parts=()):
+        return (image, text) if read is None else (image[read.image], text[read.text])
+
+    monkeypatch.setattr(model.encoder, "forward", forward)
+    for _ in range(3):
+        assert torch.equal(model.encode_image(images, mask, COUNTS).image_at(tokens), embedded[tokens])
+        assert torch.equal(model.encode_pairs(images, *captions, mask, COUNTS).image_at(tokens), embedded[tokens])
+        assert torch.equal(model.encode_mixed(images, mask, *captions, 3, read, mask_counts=COUNTS)[0], embedded[tokens])
+    assert model.encode_image(images, mask, COUNTS).image.shape[0] == sum(COUNTS) + 3 + 8 + 6
+    assert torch.equal(model.eval().encode_image(images, mask, COUNTS).image, embedded)
+
+
+def test_beit3_heads_with_patches_left_out(images, captions):
+    """Fine-tuning has no masks: all patches may be left out, in training only."""
+    config = {
+        "vocab_size": 100,
+        "image_size": 64,
+        "dim": 64,
+        "depth": 2,
+        "num_heads": 4,
+        "hidden_dim": 256,
+        "max_positions": 64,
+    }
+    calls = {
+        Beit3Classifier: lambda model: model(images),
+        Beit3QuestionAnswering: lambda model: model(images, *captions),
+        Beit3Reasoning: lambda model: model(images, images.roll(1, 0), *captions),
+        Beit3Retrieval: lambda model: model.image_features(images),
+        Beit3Captioner: lambda model: model.caption_rows(images, *captions),
+    }
+    for kind, call in calls.items():
+        made, classes = (
+            [],
+            {"num_classes": 4} if issubclass(kind, Beit3Classifier | Beit3QuestionAnswering | Beit3Reasoning) else {},
+        )
+        for share in (0.0, 0.5):
+            torch.manual_seed(1)
+            made.append(
+                kind((Beit3ClassifierConfig if classes else Beit3Config)(**config, **classes, patch_drop=share)).double()
+            )
+        full, dropping = made
+        rows = []
+        dropping.encoder.layers[0].register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[1].query.lengths))
+        out = call(dropping)
+        assert out.isfinite().all()
+        assert rows[0][0] == 9
+        assert not torch.allclose(out, call(full))
+        torch.testing.assert_close(call(dropping.eval()), call(full.eval()))
+
+
+def test_beit3_says_which_mask_counts_do_not_fit(images, mask):
+    model = make(patch_drop=0.5)
+    for counts in ((1, 2), (0, 5, 17), (0, -1, 3)):
+        with pytest.raises(ValueError, match="mask_counts must be a number from 0 to 16 for each of 3 images"):
+            model.encode_image(images, mask, counts)

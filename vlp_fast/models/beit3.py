@@ -28,6 +28,7 @@ from vlp_fast.modules import (
     MultiwayAttention,
     MultiwayFFN,
     MultiwayLayerNorm,
+    PatchDrop,
     PatchEmbedding,
     init_transformer,
 )
@@ -50,6 +51,7 @@ __all__ = [
 class Beit3Config:
     """Sizes of BEiT-3; the defaults are the base model at 224 pixels.
 
+    patch_drop: part of an image's visible patches left out while training (FLIP); masked ones, whose codes are predicted, all stay.
     visual_vocab_size: codes of the visual tokenizer whose ids masked patches predict. normalize_output: the encoder's last norm.
     share_attention: one attention, with its norms, for rows of both modalities. vl_experts_from_layer: from this layer on, counted
     from 0, rows of pairs have a feed-forward expert of their own, with its norms; None: nowhere.
@@ -63,6 +65,7 @@ class Beit3Config:
     hidden_dim: int = 3072
     eps: float = 1e-5
     drop_path: float = 0.0
+    patch_drop: float = 0.0
     vocab_size: int = 64010
     visual_vocab_size: int = 8192
     max_positions: int = 1022
@@ -104,12 +107,20 @@ def beit3_preset(size: str, **changes: object) -> Beit3Config:
 
 
 class Beit3Output(NamedTuple):
-    """image: ``[image rows, dim]`` with its segments. text: ``[text rows, dim]`` with its segments. One segment per sample in both."""
+    """image: ``[image rows, dim]`` with its segments. text: ``[text rows, dim]`` with its segments. One segment per sample in both.
+
+    image_tokens: int64 ``[image rows]``, rising: which of all tokens, N of every image, the rows are; None: all.
+    """
 
     image: Tensor
     image_segments: Segments
     text: Tensor
     text_segments: Segments
+    image_tokens: Tensor | None = None
+
+    def image_at(self, tokens: Tensor) -> Tensor:
+        """Image rows by their number among all tokens, N of every image; they must be of those that stay, as masked patches are."""
+        return self.image[_rows_of(tokens, self.image_tokens)]
 
 
 class Beit3ReadRows(NamedTuple):
@@ -124,7 +135,10 @@ class Beit3ReadRows(NamedTuple):
 
 
 class Beit3Read(NamedTuple):
-    """Rows that are read afterwards: int64 numbers of image rows and of text rows, rising, and how many of them each sample has."""
+    """Rows that are read afterwards: int64 numbers of image rows and of text rows, rising, and how many of them each sample has.
+
+    For `Beit3.encode_mixed` image rows are numbered as if no patch was left out, and must be of those that stay, as masked patches are.
+    """
 
     image: Tensor
     image_counts: Sequence[int]
@@ -276,13 +290,20 @@ def _pair_offsets(
 
 
 class Beit3(nn.Module):
-    """BEiT-3 without a head. Captions enter as packed token ids (bos, words, eos; no padding) and `Segments`."""
+    """BEiT-3 without a head. Captions enter as packed token ids (bos, words, eos; no padding) and `Segments`.
+
+    With `patch_drop` training leaves out patches, of those that no mask hides: an image keeps its class token, its masked patches and
+    ``round((1 - patch_drop) * visible)`` of the visible ones, one at least where there are any. Methods that take a mask take the
+    number of masked patches of each image too, `mask_counts`, on the host: without it training reads them from the mask, which waits
+    for the device.
+    """
 
     def __init__(self, config: Beit3Config) -> None:
         super().__init__()
         self.config = config
         self.patch_embedding = PatchEmbedding(config.image_size, config.patch_size, config.dim)
         self.num_image_tokens = self.patch_embedding.num_patches + 1
+        self.patch_drop = PatchDrop(self.patch_embedding.num_patches, config.patch_drop, class_token=True)
         self.class_token = nn.Parameter(torch.zeros(config.dim))
         self.mask_token = nn.Parameter(torch.zeros(config.dim))
         self.image_position = nn.Parameter(torch.zeros(self.num_image_tokens, config.dim))
@@ -308,7 +329,8 @@ class Beit3(nn.Module):
         self.load_state_dict({name: given[name] for name in own}, strict=False)
 
     def embed_images(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``; patches where `mask` (bool ``[batch, patches]``) is True are hidden."""
+        """Images ``[batch, 3, S, S]`` -> ``[batch * N, dim]``, all patches; those where `mask` (bool ``[batch, patches]``) is True are
+        hidden."""
         x = self.patch_embedding(images)
         if mask is not None:
             if mask.shape != x.shape[:2]:
@@ -325,22 +347,33 @@ class Beit3(nn.Module):
             )
         return self.word(token_ids) + self.text_position(segments.positions())
 
-    def encode_image(self, images: Tensor, mask: Tensor | None = None) -> Beit3Output:
+    def image_lengths(self, mask_counts: Sequence[int]) -> list[int]:
+        """Rows of images of which so many patches are masked, as the model stands: fewer in training with `patch_drop`."""
+        return self.patch_drop.kept_lengths(mask_counts)
+
+    def encode_image(self, images: Tensor, mask: Tensor | None = None, mask_counts: Sequence[int] | None = None) -> Beit3Output:
         """Images alone: only the vision experts run."""
-        image = self.embed_images(images, mask)
-        return self._encode(image, [self.num_image_tokens] * len(images), image.new_zeros(0, image.shape[1]), [0] * len(images))
+        image, lengths, tokens = self._image_rows(images, mask, mask_counts)
+        return self._encode(image, lengths, tokens, image.new_zeros(0, image.shape[1]), [0] * len(images))
 
     def encode_text(self, token_ids: Tensor, segments: Segments) -> Beit3Output:
         """Texts alone: only the language experts run."""
         text = self.embed_text(token_ids, segments)
-        return self._encode(text.new_zeros(0, text.shape[1]), [0] * len(segments), text, segments.lengths)
+        return self._encode(text.new_zeros(0, text.shape[1]), [0] * len(segments), None, text, segments.lengths)
 
-    def encode_pairs(self, images: Tensor, token_ids: Tensor, segments: Segments, mask: Tensor | None = None) -> Beit3Output:
+    def encode_pairs(
+        self,
+        images: Tensor,
+        token_ids: Tensor,
+        segments: Segments,
+        mask: Tensor | None = None,
+        mask_counts: Sequence[int] | None = None,
+    ) -> Beit3Output:
         """Pairs: caption i and image i attend to each other.
 
         Raises: ValueError if there is not one caption per image.
         """
-        return self._encode_pairs(images, token_ids, segments, mask, causal_text=False)
+        return self._encode_pairs(images, token_ids, segments, mask, mask_counts, causal_text=False)
 
     def encode_mixed(
         self,
@@ -351,12 +384,15 @@ class Beit3(nn.Module):
         num_pairs: int,
         read: Beit3Read | None = None,
         parts: Parts = (),
+        *,
+        mask_counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Images alone, pairs and texts alone as one batch, one forward of the encoder.
 
         Args:
-            images: those alone, then those of the pairs. image_mask: of all, or None. token_ids, segments: captions of the pairs, then
-                those alone. read: rows that are read afterwards; default: all. parts: for a profile, (loss, samples, rows) of each loss.
+            images: those alone, then those of the pairs. image_mask, mask_counts: of all, or None. token_ids, segments: captions of the
+                pairs, then those alone. read: rows that are read afterwards; default: all. parts: for a profile, (loss, samples, rows) of
+                each loss.
 
         Returns: image rows and text rows of the encoder, ``[rows, dim]`` each; of `read` those alone.
         Raises: ValueError for fewer images or captions than pairs.
@@ -367,37 +403,69 @@ class Beit3(nn.Module):
                 f"num_pairs must be from 0 to the number of images and of captions; received {num_pairs} for {len(images)} images and "
                 f"{len(segments)} captions."
             )
-        image_lengths = [*[self.num_image_tokens] * len(images), *[0] * texts]
-        text_lengths = [*[0] * alone, *segments.lengths]
-        image, text = self.embed_images(images, image_mask), self.embed_text(token_ids, segments)
-        return self.encoder(image, image_lengths, text, text_lengths, read=read, parts=parts)
+        image, lengths, tokens = self._image_rows(images, image_mask, mask_counts)
+        image_lengths, text_lengths = [*lengths, *[0] * texts], [*[0] * alone, *segments.lengths]
+        if read is not None:
+            read = read._replace(image=_rows_of(read.image, tokens))
+        return self.encoder(image, image_lengths, self.embed_text(token_ids, segments), text_lengths, read=read, parts=parts)
 
     def encode_captioned(self, images: Tensor, token_ids: Tensor, segments: Segments) -> Beit3Output:
         """Pairs, for captioning: caption i reads image i and, causally, itself; an image reads itself only.
 
         Raises: ValueError if there is not one caption per image.
         """
-        return self._encode_pairs(images, token_ids, segments, None, causal_text=True)
+        return self._encode_pairs(images, token_ids, segments, None, None, causal_text=True)
 
     def _encode_pairs(
-        self, images: Tensor, token_ids: Tensor, segments: Segments, mask: Tensor | None, causal_text: bool
+        self,
+        images: Tensor,
+        token_ids: Tensor,
+        segments: Segments,
+        mask: Tensor | None,
+        mask_counts: Sequence[int] | None,
+        causal_text: bool,
     ) -> Beit3Output:
         if len(images) != len(segments):
             raise ValueError(f"pairs need one caption per image; received {len(segments)} captions for {len(images)} images.")
-        image, text = self.embed_images(images, mask), self.embed_text(token_ids, segments)
-        return self._encode(image, [self.num_image_tokens] * len(images), text, segments.lengths, causal_text)
+        image, lengths, tokens = self._image_rows(images, mask, mask_counts)
+        return self._encode(image, lengths, tokens, self.embed_text(token_ids, segments), segments.lengths, causal_text)
+
+    def _image_rows(
+        self, images: Tensor, mask: Tensor | None, mask_counts: Sequence[int] | None
+    ) -> tuple[Tensor, list[int], Tensor | None]:
+        """What stays of images, embedded; rows of each; which of all tokens they are, None: all."""
+        image, patches = self.embed_images(images, mask), self.patch_embedding.num_patches
+        if mask_counts is None:
+            drops = self.training and self.patch_drop.share > 0.0
+            mask_counts = mask.sum(1).tolist() if drops and mask is not None else [0] * len(images)
+        if len(mask_counts) != len(images) or not all(0 <= n <= patches for n in mask_counts):
+            raise ValueError(
+                f"mask_counts must be a number from 0 to {patches} for each of {len(images)} images; received {list(mask_counts)}."
+            )
+        lengths = self.image_lengths(mask_counts)
+        if sum(lengths) == len(image):
+            return image, lengths, None
+        hidden = torch.zeros(len(images), patches, dtype=torch.bool, device=image.device) if mask is None else mask
+        tokens = self.patch_drop.draw_masked(hidden, lengths)
+        return image[tokens], lengths, tokens
 
     def _encode(
         self,
         image: Tensor,
         image_lengths: Sequence[int],
+        image_tokens: Tensor | None,
         text: Tensor,
         text_lengths: Sequence[int],
         causal_text: bool = False,
     ) -> Beit3Output:
         image, text = self.encoder(image, image_lengths, text, text_lengths, causal_text)
         device = image.device
-        return Beit3Output(image, Segments(image_lengths, device), text, Segments(text_lengths, device))
+        return Beit3Output(image, Segments(image_lengths, device), text, Segments(text_lengths, device), image_tokens)
+
+
+def _rows_of(tokens: Tensor, stay: Tensor | None) -> Tensor:
+    """Where `tokens` are among those that stay; None: all do."""
+    return tokens if stay is None else torch.searchsorted(stay, tokens)
 
 
 # parts of `Beit3`; what else a model has is its head

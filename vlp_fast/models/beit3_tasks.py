@@ -131,7 +131,7 @@ class Beit3Reasoning(Beit3):
 
 
 class Beit3Classifier(Beit3):
-    """Classes of images (ImageNet), from the mean of the patches' rows."""
+    """Classes of images (ImageNet), from the mean of the patches' rows: of those that stay, with `patch_drop`."""
 
     def __init__(self, config: Beit3ClassifierConfig) -> None:
         super().__init__(config)
@@ -142,7 +142,7 @@ class Beit3Classifier(Beit3):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[batch, 3, S, S]`` -> logits ``[batch, classes]``."""
-        rows = self.encode_image(images).image.unflatten(0, (len(images), self.num_image_tokens))
+        rows = self.encode_image(images).image.unflatten(0, (len(images), -1))
         return self.head(self.head_norm(rows[:, 1:].mean(1)))
 
 

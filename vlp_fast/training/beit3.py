@@ -36,8 +36,8 @@ class VisualTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """images ``[batch, 3, S, S]``; mask bool ``[batch, patches]``; rows: masked rows of the encoder's output; targets: their ids;
-    counts: masked rows of each image, on the host."""
+    """images ``[batch, 3, S, S]``; mask bool ``[batch, patches]``; rows: masked rows of the encoder's output, were no patch left out;
+    targets: their ids; counts: masked rows of each image, on the host."""
 
     images: Tensor
     mask: Tensor
@@ -86,6 +86,8 @@ class Beit3Inputs:
 
 class Beit3Pretraining(PretrainingObjective):
     """Masked image ("mim"), text ("mlm") and pair ("mvlm") modelling; heads and losses run on masked rows only.
+
+    With the configuration's `patch_drop` part of the visible patches is left out; every masked patch stays and is predicted.
 
     Args:
         config: of the model. visual_tokenizer: gives the ids of patches; its codes must fit ``config.visual_vocab_size``.
@@ -155,10 +157,11 @@ class Beit3Pretraining(PretrainingObjective):
     def _mixed(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
         """One forward of the encoder, whose last layer computes masked rows only."""
         model, (images, texts, pair_images, pair_texts) = self.model, inputs.parts()
-        tokens = model.num_image_tokens
+        counts = [*images.counts, *pair_images.counts]
+        alone_rows, paired_rows = (sum(model.image_lengths(part.counts)) for part in (images, pair_images))
         read = Beit3Read(
-            torch.cat([images.rows, len(images.images) * tokens + pair_images.rows]),
-            [*images.counts, *pair_images.counts, *[0] * len(texts.lengths)],
+            torch.cat([images.rows, len(images.images) * model.num_image_tokens + pair_images.rows]),
+            [*counts, *[0] * len(texts.lengths)],
             torch.cat([pair_texts.rows, len(pair_texts.token_ids) + texts.rows]),
             [*[0] * len(images.images), *pair_texts.counts, *texts.counts],
         )
@@ -171,10 +174,11 @@ class Beit3Pretraining(PretrainingObjective):
                 len(pair_images.images),
                 read,
                 (
-                    ("mim", len(images.images), len(images.images) * tokens),
+                    ("mim", len(images.images), alone_rows),
                     ("mlm", len(texts.lengths), len(texts.token_ids)),
-                    ("mvlm", len(pair_images.images), len(pair_images.images) * tokens + len(pair_texts.token_ids)),
+                    ("mvlm", len(pair_images.images), paired_rows + len(pair_texts.token_ids)),
                 ),
+                mask_counts=counts,
             )
         alone, paired = image.split([len(images.rows), len(pair_images.rows)])
         described, other = text.split([len(pair_texts.rows), len(texts.rows)])
@@ -191,19 +195,17 @@ class Beit3Pretraining(PretrainingObjective):
         """A forward for each kind of sample."""
         model = self.model
         with loss_scope("mim"):
-            out = model.encode_image(inputs.images.images, inputs.images.mask)
-            mim = self._masked(out.image, model.visual_head, inputs.images)
+            out = model.encode_image(inputs.images.images, inputs.images.mask, inputs.images.counts)
+            mim = self._loss(out.image_at(inputs.images.rows), model.visual_head, inputs.images.targets)
         with loss_scope("mlm"):
             out = model.encode_text(inputs.texts.token_ids, inputs.texts.segments())
-            mlm = self._masked(out.text, model.word_head, inputs.texts)
+            mlm = self._loss(out.text[inputs.texts.rows], model.word_head, inputs.texts.targets)
         with loss_scope("mvlm"):
             image, text = inputs.pair_images, inputs.pair_texts
-            out = model.encode_pairs(image.images, text.token_ids, text.segments(), image.mask)
-            mvlm = self._masked(out.image, model.visual_head, image) + self._masked(out.text, model.word_head, text)
+            out = model.encode_pairs(image.images, text.token_ids, text.segments(), image.mask, image.counts)
+            mvlm = self._loss(out.image_at(image.rows), model.visual_head, image.targets)
+            mvlm = mvlm + self._loss(out.text[text.rows], model.word_head, text.targets)
         return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
-
-    def _masked(self, rows: Tensor, head: nn.Linear, masked: MaskedImages | MaskedTexts) -> Tensor:
-        return self._loss(rows[masked.rows], head, masked.targets)
 
     def _loss(self, rows: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         """The loss of predicting what was hidden, from the hidden rows; 0 where nothing is hidden."""
