@@ -187,6 +187,17 @@ def test_an_image_encoder_may_return_packed_or_stacked_tokens(images):
     assert given.image_encoder.describe(images).tokens == 3 * 17
 
 
+def test_patches_left_out_while_training(images):
+    model = CocaPalm(coca_palm_preset("tiny", patch_drop=0.75)).double()
+    assert model.image_encoder.describe(images).tokens == 3 * 4
+    drawn = [model.encode_image(images) for _ in range(2)]
+    assert not torch.allclose(drawn[0].features, drawn[1].features)
+    assert drawn[0].rows.shape == model.eval().encode_image(images).rows.shape
+    full = CocaPalm(coca_palm_preset("tiny")).double()
+    full.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.encode_image(images).features, full.encode_image(images).features)
+
+
 def test_triton_kernels_give_what_torch_gives(device):
     losses = {}
     for backend in ("triton", "torch"):
@@ -227,6 +238,10 @@ def test_state_dict_round_trip_and_one_weight_for_the_words(model):
         ({"image_encoder": "resnet"}, "image_encoder must be one of vit, given; received 'resnet'"),
         ({"unimodal_depth": 0}, "unimodal_depth must be at least 1; received 0"),
         ({"caption_queries": 0}, "caption_queries must be at least 1; received 0"),
+        (
+            {"image_encoder": "given", "patch_drop": 0.5},
+            "patch_drop is of the image encoder 'vit'; received 0.5 for one that is given",
+        ),
         ({"class_position": 0}, "class_position must be at least 1; received 0"),
     ],
 )

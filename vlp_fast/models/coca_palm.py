@@ -49,6 +49,7 @@ class CocaPalmConfig:
     """Sizes of CoCa on PaLM's blocks; the defaults of text and decoder are those that CoCa-pytorch's introduction uses.
 
     image_encoder: "vit" (ours, of the sizes named vision, without class token) or "given" (a module passed to `CocaPalm`).
+    patch_drop: part of an image's patches left out while training (FLIP), by our image encoder; one that is given does so itself.
     vision_dim: width of the image tokens, whoever makes them. head_dim: of every head of text, decoder and pooler; even.
     caption_queries: rows pooled of each image for captions; one more is pooled for contrast. embed_dim: of the features.
     class_position: see the module; None: right behind each caption.
@@ -60,6 +61,7 @@ class CocaPalmConfig:
     vision_dim: int = 1024
     vision_depth: int = 6
     vision_heads: int = 16
+    patch_drop: float = 0.0
     dim: int = 512
     unimodal_depth: int = 6
     multimodal_depth: int = 6
@@ -77,6 +79,11 @@ class CocaPalmConfig:
         check_positive(self, "head_dim", "hidden_dim", "vocab_size", "embed_dim", "caption_queries")
         if self.image_encoder not in IMAGE_ENCODERS:
             raise ValueError(f"image_encoder must be one of {', '.join(IMAGE_ENCODERS)}; received {self.image_encoder!r}.")
+        if self.image_encoder == "given" and self.patch_drop:
+            raise ValueError(
+                f"patch_drop is of the image encoder 'vit'; received {self.patch_drop} for one that is given, which must leave out "
+                "patches itself."
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, for rotary positions turn pairs; received {self.head_dim}.")
         if self.class_position is not None:
@@ -286,5 +293,6 @@ def _vit(config: CocaPalmConfig) -> VisionTransformer:
         hidden_dim=4 * config.vision_dim,
         eps=1e-5,
         class_token=False,
+        patch_drop=config.patch_drop,
         backend=config.backend,
     )
