@@ -14,6 +14,7 @@ from vlp_fast.training.vlmo import VlmoPretraining
 
 SMALL = {"image_size": 32, "vocab_size": 100}
 QUEUE = {"queue_size": 16}
+DROPPING = {"patch_size": 8, "patch_drop": 0.5}
 CONFIGS = {
     "blip": QUEUE,
     "albef": QUEUE,
@@ -23,6 +24,14 @@ CONFIGS = {
     "vlmo": {},
     "vlmo absolute": {"relative": False},
     "vlmo without top layers": {"vl_start": 3},
+    # where the same random numbers keep the same patches of the same samples
+    "blip dropping patches": {**QUEUE, **DROPPING},
+    "albef dropping patches": {**QUEUE, **DROPPING},
+    "coca dropping patches": DROPPING,
+    "beit3 dropping patches": DROPPING,
+    "beit3 of the paper dropping patches": {"share_attention": True, "vl_experts_from_layer": 1, **DROPPING},
+    "vlmo dropping patches": DROPPING,
+    "vlmo absolute dropping patches": {"relative": False, **DROPPING},
 }
 LENGTHS = {"ragged": (6, 9, 4, 12), "length one": (1, 9, 1, 2), "all alike": (5, 5, 5, 5)}
 # several captions of an image, and images that nothing describes
