@@ -45,8 +45,9 @@ lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-dev: $(STAMP)  ## Make the environment, and the link by which editors find vlp_fast.kernels
+dev: $(STAMP)  ## Make the environment, and the links by which editors find vlp_fast.kernels and vlp_fast.benchmarks
 	ln -sfn ../kernels vlp_fast/kernels
+	ln -sfn ../benchmarks vlp_fast/benchmarks
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## Delete caches and outputs; the environment stays

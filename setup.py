@@ -1,4 +1,4 @@
-"""Metadata of vlp_fast. The top-level folder kernels/ is installed as vlp_fast.kernels."""
+"""Metadata of vlp_fast. The top-level folders kernels/ and benchmarks/ are installed as vlp_fast.kernels and vlp_fast.benchmarks."""
 
 from pathlib import Path
 
@@ -41,6 +41,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "vlp_fast",
+        "vlp_fast.benchmarks",
         "vlp_fast.capfilt",
         "vlp_fast.cli",
         "vlp_fast.data",
@@ -53,7 +54,7 @@ setup(
         "vlp_fast.profiling",
         "vlp_fast.training",
     ],
-    package_dir={"vlp_fast": "vlp_fast", "vlp_fast.kernels": "kernels"},
+    package_dir={"vlp_fast": "vlp_fast", "vlp_fast.benchmarks": "benchmarks", "vlp_fast.kernels": "kernels"},
     package_data={"vlp_fast": ["py.typed"]},
     install_requires=[
         "torch>=2.11",

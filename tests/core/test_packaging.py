@@ -22,7 +22,8 @@ import vlp_fast
 import vlp_fast.cli as vlp_fast_cli
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"vlp_fast": ROOT / "vlp_fast", "vlp_fast.kernels": ROOT / "kernels"}
+LINKS = {"vlp_fast.benchmarks": "benchmarks", "vlp_fast.kernels": "kernels"}
+FOLDERS = {"vlp_fast": ROOT / "vlp_fast", **{name: ROOT / folder for name, folder in LINKS.items()}}
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv*", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.egg-info", "bench-out"
 )
@@ -157,24 +158,26 @@ def test_no_file_names_a_registry_or_a_path_of_one_machine():
 def test_wheel_built_from_the_sdist_imports_away_from_the_source(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=LEFT_OUT, symlinks=True)
-    if not (source / "vlp_fast" / "kernels").is_symlink():  # the link of `make dev` must not reach a distribution
-        (source / "vlp_fast" / "kernels").symlink_to(Path("..", "kernels"))
+    for folder in LINKS.values():
+        if not (source / "vlp_fast" / folder).is_symlink():  # the links of `make dev` must not reach a distribution
+            (source / "vlp_fast" / folder).symlink_to(Path("..", folder))
     (archive,) = build(source, "sdist", tmp_path)
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(tmp_path / "unpacked", filter="data")
     assert {"LICENSE", "Makefile", "constraints.txt", ".ci/run", "kernels/__init__.py", "docs/ARCHITECTURE.md"} <= names
     assert f"tests/core/{Path(__file__).name}" in names
-    assert not [name for name in names if name.startswith("vlp_fast/kernels") or "__pycache__" in name]
+    assert not [name for name in names if name.startswith(("vlp_fast/kernels", "vlp_fast/benchmarks")) or "__pycache__" in name]
 
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     (wheel,) = build(unpacked, "wheel", tmp_path)
     with zipfile.ZipFile(wheel) as file:
         tops = {name.partition("/")[0] for name in file.namelist()}
-        assert {"vlp_fast/py.typed", "vlp_fast/kernels/__init__.py"} <= set(file.namelist())
+        assert {"vlp_fast/py.typed", "vlp_fast/kernels/__init__.py", "vlp_fast/benchmarks/runner.py"} <= set(file.namelist())
         assert tops == {"vlp_fast", f"vlp_fast-{vlp_fast.__version__}.dist-info"}  # no top-level kernels, tests, benchmarks
         file.extractall(tmp_path / "installed")
-    code = "import vlp_fast, vlp_fast.kernels as k, vlp_fast.models, vlp_fast.training; print(vlp_fast.__file__); print(k.__file__)"
+    code = "import vlp_fast, vlp_fast.kernels as k, vlp_fast.benchmarks.runner, vlp_fast.models, vlp_fast.training\n"
+    code += "print(vlp_fast.__file__); print(k.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
