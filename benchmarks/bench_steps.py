@@ -1,53 +1,49 @@
-"""Pretraining steps, forward and backward with the same weights: published code against `vlp_fast.training`, in both schedules.
+"""Suite "steps": pretraining steps, forward and backward: published code against both schedules of ours, with the same weights.
 
-    OMP_WAIT_POLICY=ACTIVE python benchmarks/bench_steps.py --dtype bf16 --blip-source BLIP --json steps.json
+    OMP_WAIT_POLICY=ACTIVE vlp-fast bench --suite steps --dtype bf16 --blip-source BLIP --json steps.json
 
 Rivals run from their own code: open_clip's CoCa with its CoCaLoss, torchscale's BEiT-3 encoder with a linear head on the masked rows, and,
-where `--blip-source` names a clone of github.com/salesforce/BLIP, its BLIP_Pretrain. Captions are those of
-`vlp_fast.training.caption_lengths`; rivals pad them as their code does (BLIP 30, CoCa 76, BEiT-3 64). First everything runs once in fp32
-without dropout, and where losses or the norm of all gradients differ the case is shown as wrong and not timed. Memory is the most resident
-memory of a process of its own with that provider alone, at its second step.
+where a clone of github.com/salesforce/BLIP is given, its BLIP_Pretrain. Captions are those of `vlp_fast.training.caption_lengths`; rivals
+pad them as their code does (BLIP 30, CoCa 76, BEiT-3 64). First everything runs once in fp32 without dropout; where losses or the norm of
+all gradients differ from the rival's, or without one from the published schedule's, the provider is wrong. bf16 is autocast over fp32
+weights. On a CUDA device the rival and our published schedule are also there as torch.compile makes them.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Read when torch loads OpenMP. Waiting threads that spin cost a busy machine a factor of ten; the stamp of every report tells.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 
-from vlp_fast.cli._output import output_console
+from vlp_fast.benchmarks.registry import DTYPES, Case, Entry, NotHere, Options
+from vlp_fast.benchmarks.script import run_as_script
 from vlp_fast.data.batches import Batch
-from vlp_fast.environment import stamp
-from vlp_fast.measuring import measure, peak_memory, prepare_process
-from vlp_fast.models import beit3_preset
+from vlp_fast.models import beit3_preset, blip_preset, open_clip_coca_preset
 from vlp_fast.models.checkpoints import open_clip_coca
 from vlp_fast.models.checkpoints.beit3 import format_of
 from vlp_fast.profile_peers import torchvision_names
-from vlp_fast.training import Beit3Pretraining, CocaPretraining, caption_lengths, salesforce_blip
+from vlp_fast.training import Beit3Pretraining, BlipPretraining, CocaPretraining, caption_lengths, salesforce_blip
 from vlp_fast.training.beit3 import Beit3Inputs, MaskedImages, MaskedTexts
+
+__all__ = ["RIVALS", "Steps", "cases"]
 
 OWN = ("packed", "published")
 TWO = "packed, 2 captions an image"
+TITLES = {"blip": "BLIP: ITC, ITM, LM, momentum", "coca": "CoCa: contrastive, caption", "beit3": "BEiT-3: images, texts, pairs"}
 RIVALS = {"blip": "salesforce BLIP", "coca": "open_clip", "beit3": "torchscale"}
 PADDED = {"blip": 30, "coca": 76, "beit3": 64}
-TINY = {"image_size": 64, "depth": 2, "width": 128, "heads": 2, "hidden": 256}
-BASE = {"image_size": 224, "depth": 12, "width": 768, "heads": 12, "hidden": 3072}
+SHAPES = {
+    "tiny": {"image_size": 64, "depth": 2, "width": 128, "heads": 2, "hidden": 256},
+    "small": {"image_size": 224, "depth": 6, "width": 384, "heads": 6, "hidden": 1536},
+    "base": {"image_size": 224, "depth": 12, "width": 768, "heads": 12, "hidden": 3072},
+}
+TOLERANCE = 2e-4  # of losses and of the norm of all gradients, relative
 CLS, SEP, DEC, ENC, BLIP_WORDS = 101, 102, 30522, 30523, 30524
 START, END, COCA_WORDS = 49406, 49407, 49408
 BOS, EOS, PAD, MASK, BEIT3_WORDS, CODES = 0, 2, 1, 64001, 64010, 8192
@@ -55,18 +51,19 @@ BOS, EOS, PAD, MASK, BEIT3_WORDS, CODES = 0, 2, 1, 64001, 64010, 8192
 
 @dataclass
 class Steps:
-    """What is compared. rival: the published code's model, and its step -> losses by name. own: our objective with the same weights.
+    """What is compared. own: our objective. inputs: what its step takes, for one caption an image (1) and, where it may have more, two.
 
-    inputs: what our step takes, for one caption an image (1) and, where it may have more, for two. negatives: after a step of the rival
-    in eval mode, those it drew. weights: of the losses.
+    weights: of the losses. rival: the published code's model with the same weights, and its step -> losses by name; None where it is not
+    here, for the reason in `absent`. negatives: given to our step in evaluation: those that the rival drew.
     """
 
-    rival: nn.Module
-    rival_step: Callable[[], dict[str, Tensor]]
     own: nn.Module
     inputs: dict[int, Any]
     weights: dict[str, float]
+    rival: nn.Module | None = None
+    rival_step: Callable[[], dict[str, Tensor]] | None = None
     negatives: Callable[[], tuple[Tensor, Tensor]] | None = None
+    absent: str = ""
 
     def own_step(self, provider: str) -> dict[str, Tensor]:
         """Our losses: provider is a schedule, and how many captions an image has."""
@@ -76,76 +73,55 @@ class Steps:
         return self.own(self.inputs[2 if captions else 1], **given)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Time pretraining steps against published code.")
-    parser.add_argument("--models", nargs="+", default=list(RIVALS), choices=RIVALS)
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast over fp32 weights")
-    parser.add_argument("--size", default="base", choices=("base", "tiny"), help="tiny: to try this file")
-    parser.add_argument("--batch", type=int, default=8, help="pairs (default: 8)")
-    parser.add_argument("--blip-source", type=Path, help="a clone of github.com/salesforce/BLIP")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each model; 3 rounds at least (default: 60)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
-    parser.add_argument("--json", type=Path, help="write the numbers, with what they were measured on")
-    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "PROVIDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    prepare_process(arguments.threads)
-    if arguments.memory_of:
-        print(json.dumps(_memory(arguments, *arguments.memory_of)))
-        return 0
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("step", "provider"):
-        table.add_column(name)
-    for name in ("median ms", "quartiles", "n", "vs rival", "peak MB", "vs rival"):
-        table.add_column(name, justify="right", no_wrap=True)
-    rows, notes = [], []
-    for model in arguments.models:
-        try:
-            steps = _build(arguments, model)
-        except (ImportError, FileNotFoundError) as error:
-            notes.append(f"{model}: not run, {RIVALS[model]} cannot be imported ({error})")
-            continue
-        wrong = _check(steps)
-        if wrong is not None:
-            notes.append(f"{model} is wrong and was not timed: {wrong}")
-            continue
-        steps.rival.train()
-        steps.own.train()
-        calls = {RIVALS[model]: _training(steps.rival, steps.rival_step, steps.weights, arguments.dtype)}
-        for name in (*OWN, TWO) if 2 in steps.inputs else OWN:
-            calls[f"vlp_fast {name}"] = _own_training(steps, name, arguments.dtype)
-        timings = measure(calls, steps=100, seconds=arguments.seconds, warmup=1)
-        del calls, steps
-        memory = {} if arguments.no_memory else {name: _memory_apart(arguments, model, name) for name in timings}
-        first = RIVALS[model]
-        for name, timing in timings.items():
-            ratio = timings[first].median / timing.median
-            used = memory.get(name)
-            share = None if used is None else used / memory[first]
-            numbers = {"ms_median": timing.median, "ms_q1": timing.q1, "ms_q3": timing.q3, "steps": timing.count}
-            rows.append({"case": model, "provider": name, "speedup": ratio, **numbers, "peak_mb": used, "memory_ratio": share})
-            cells = ("", "") if used is None else (f"{used:.0f}", f"{share:.2f}")
-            spread = f"{timing.q1:.4g}-{timing.q3:.4g}"
-            table.add_row(model, name, f"{timing.median:.4g}", spread, str(timing.count), f"x{ratio:.2f}", *cells)
-        table.add_section()
-    about = stamp("cpu", dtype=arguments.dtype, size=arguments.size, batch=arguments.batch, seed=0)
-    console = output_console()
-    console.print(f"{about['device_name']}, {about['threads']} threads, torch {about['torch']}, {arguments.dtype}")
-    console.print(table)
-    for line in notes:
-        console.print(line)
-    if arguments.json is not None:
-        report = {"schema": 1, "stamp": about, "rows": rows, "notes": notes}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(" is wrong and " in line for line in notes) else 0
+def cases(options: Options) -> Iterator[Entry]:
+    """A step of each model."""
+    for model, title in TITLES.items():
+        yield Entry(title, lambda model=model: _case(options, model))
+
+
+def _case(options: Options, model: str) -> Case:
+    torch.manual_seed(options.seed)
+    steps = {"blip": _blip, "coca": _coca, "beit3": _beit3}[model](options, SHAPES[options.size])
+    rival, calls = RIVALS[model], {}
+    if steps.rival is not None:
+        calls[rival] = _training(steps.rival, steps.rival_step, steps.weights, options)
+    for name in (*OWN, TWO) if 2 in steps.inputs else OWN:
+        calls[f"vlp_fast {name}"] = _training(steps.own, lambda name=name: steps.own_step(name), steps.weights, options)
+    if options.device == "cuda":
+        compiled = {"vlp_fast published, torch.compile": (steps.own, lambda: steps.own_step("published"))}
+        if steps.rival is not None:
+            compiled[f"{rival}, torch.compile"] = (steps.rival, steps.rival_step)
+        for name, (module, step) in compiled.items():
+            calls[name] = _training(module, torch.compile(step), steps.weights, options)
+
+    def wrong() -> dict[str, str]:
+        found = _differences(steps)
+        for module in (steps.own, steps.rival):
+            if module is not None:
+                module.train()
+        if "rival" in found:
+            found[rival] = found.pop("rival")
+        return {name if name == rival else f"vlp_fast {name}": reason for name, reason in found.items()}
+
+    def release(provider: str) -> None:
+        ours = provider.startswith("vlp_fast")
+        if ours:
+            steps.rival, steps.rival_step, steps.negatives = None, None, None
+        else:
+            steps.own = nn.Identity()
+        (steps.own if ours else steps.rival).train()
+
+    absent = {rival: steps.absent} if steps.absent else {}
+    baseline = rival if steps.rival is not None else "vlp_fast published"
+    return Case(calls, wrong, absent, baseline, options.batch, "pairs", facts={"model": model}, release=release)
 
 
 def _training(
-    module: nn.Module, step: Callable[[], dict[str, Tensor]], weights: dict[str, float], dtype: str
+    module: nn.Module, step: Callable[[], dict[str, Tensor]], weights: dict[str, float], options: Options
 ) -> Callable[[], None]:
     def call() -> None:
         module.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(options.device, DTYPES[options.dtype], enabled=options.dtype != "fp32"):
             losses = step()
             total = sum(weights[name] * loss for name, loss in losses.items())
         total.backward()
@@ -153,59 +129,29 @@ def _training(
     return call
 
 
-def _own_training(steps: Steps, name: str, dtype: str) -> Callable[[], None]:
-    return _training(steps.own, lambda: steps.own_step(name), steps.weights, dtype)
-
-
-def _check(steps: Steps) -> str | None:
-    """Losses of one step of the rival and of ours, and the norm of all gradients; None where they agree."""
+def _differences(steps: Steps) -> dict[str, str]:
+    """Schedule -> what of a step's losses and norm of gradients is not the rival's, or without one the published schedule's."""
     found = {}
     start = {name: t.clone() for name, t in steps.own.named_buffers()}
-    for name in ("rival", *OWN):
+    right = "published" if steps.rival is None else "rival"
+    for name in (*(() if steps.rival is None else ("rival",)), *OWN):
         module = steps.rival if name == "rival" else steps.own
         module.eval()
         module.zero_grad(set_to_none=True)
         losses = steps.rival_step() if name == "rival" else steps.own_step(name)
         sum(steps.weights[key] * loss for key, loss in losses.items()).backward()
         norm = torch.stack([p.grad.double().square().sum() for p in module.parameters() if p.grad is not None]).sum().sqrt()
-        found[name] = {**{key: float(loss.detach()) for key, loss in losses.items()}, "gradients": float(norm)}
+        found[name] = {**{key: float(loss.detach()) for key, loss in losses.items()}, "norm of gradients": float(norm)}
         module.zero_grad(set_to_none=True)
         for buffer, tensor in steps.own.named_buffers():  # queues have moved on
             tensor.copy_(start[buffer])
+    wrong = {}
     for name, numbers in found.items():
-        for key, expected in found["rival"].items():
-            if abs(numbers[key] - expected) > 2e-4 * abs(expected):
-                return f"{key} is {numbers[key]:.6g} in {name} and {expected:.6g} in the rival"
-    return None
-
-
-def _memory(arguments: argparse.Namespace, model: str, provider: str) -> float | None:
-    steps = _build(arguments, model)
-    if provider == RIVALS[model]:
-        steps.rival.train()
-        steps.own = nn.Identity()
-        call = _training(steps.rival, steps.rival_step, steps.weights, arguments.dtype)
-    else:
-        steps.own.train()
-        steps.rival, steps.rival_step = nn.Identity(), dict
-        call = _own_training(steps, provider.removeprefix("vlp_fast "), arguments.dtype)
-    call()
-    return peak_memory(call)[0]
-
-
-def _memory_apart(arguments: argparse.Namespace, model: str, provider: str) -> float | None:
-    command = [sys.executable, __file__, "--memory-of", model, provider]
-    for name in ("dtype", "size", "batch", "threads", "blip_source"):
-        value = getattr(arguments, name)
-        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _build(arguments: argparse.Namespace, model: str) -> Steps:
-    torch.manual_seed(0)
-    sizes = BASE if arguments.size == "base" else TINY
-    return {"blip": _blip, "coca": _coca, "beit3": _beit3}[model](arguments, sizes)
+        for key, expected in found[right].items():
+            if not abs(numbers[key] - expected) <= TOLERANCE * abs(expected):
+                whose = "the rival's" if right == "rival" else "that of the published schedule"
+                wrong[name] = f"{key} is {numbers[key]:.6g} where {whose} is {expected:.6g}"
+    return wrong
 
 
 def _captions(lengths: list[int], padded: int, first: int, last: int, pad: int, words: range) -> tuple[Tensor, Tensor]:
@@ -235,16 +181,24 @@ def _twice(batch: Batch) -> Batch:
 # --------------------------------------------------------------------------------------------------------------------- BLIP
 
 
-def _blip(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
-    if arguments.blip_source is None:
-        raise FileNotFoundError("give its clone as --blip-source")
+def _salesforce(source: Path | None, sizes: dict[str, int]) -> nn.Module:
+    """BLIP_Pretrain of the clone, with the weights of a training's start.
+
+    Raises: NotHere without a clone, or away from this repository, where the file lies that makes the clone importable.
+    """
+    if source is None:
+        raise NotHere("needs a clone of github.com/salesforce/BLIP: --blip-source")
     path = Path(__file__).resolve().parents[1] / "tests/peers/fixtures/make_salesforce_blip.py"
+    if not path.is_file() or not (source / "models/blip_pretrain.py").is_file():
+        raise NotHere(
+            f"needs {path.name} of this repository's tests, and a clone of BLIP with models/blip_pretrain.py in {source}"
+        )
     spec = importlib.util.spec_from_file_location("make_salesforce_blip", path)
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    made.make_importable(arguments.blip_source)
+    made.make_importable(source)
     made.VOCAB, made.DEC, made.ENC, made.CLS, made.SEP = BLIP_WORDS, DEC, ENC, CLS, SEP
     made.HIDDEN, made.POSITIONS, made.PATCH = sizes["hidden"], 512, 16
     made.Texts.enc_token_id, made.Texts.bos_token_id = ENC, DEC
@@ -255,13 +209,29 @@ def _blip(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
     _initialise(rival)
     rival.temp.data.fill_(0.07)
     rival.copy_params()
-    fields = {"num_heads": sizes["heads"], "vision_heads": sizes["heads"], "dec_id": DEC, "enc_id": ENC}
-    own = salesforce_blip.FORMAT.load(rival.state_dict(), dropout_p=0.1, **fields)
-    lengths = _lengths(arguments.batch, PADDED["blip"])
-    ids, there = _captions(lengths, PADDED["blip"], CLS, SEP, 0, range(1000, 30000))
-    images = torch.randn(len(lengths), 3, sizes["image_size"], sizes["image_size"])
+    return rival
+
+
+def _blip(options: Options, sizes: dict[str, int]) -> Steps:
+    rival, absent = None, ""
+    try:
+        rival = _salesforce(options.blip_source, sizes).to(options.device)
+        fields = {"num_heads": sizes["heads"], "vision_heads": sizes["heads"], "dec_id": DEC, "enc_id": ENC}
+        own: Any = salesforce_blip.FORMAT.load(rival.state_dict(), dropout_p=0.1, **fields)
+    except (NotHere, ImportError) as error:
+        absent = str(error)
+        config = blip_preset(
+            "base", image_size=sizes["image_size"], vision_dim=sizes["width"], vision_depth=sizes["depth"],
+            vision_heads=sizes["heads"], dim=sizes["width"], depth=sizes["depth"], num_heads=sizes["heads"],
+            hidden_dim=sizes["hidden"],
+        )  # fmt: skip
+        own = BlipPretraining(config)
+    lengths = _lengths(options.batch, PADDED["blip"])
+    ids, there = (t.to(options.device) for t in _captions(lengths, PADDED["blip"], CLS, SEP, 0, range(1000, 30000)))
+    images = torch.randn(len(lengths), 3, sizes["image_size"], sizes["image_size"]).to(options.device)
     batch = Batch(images, ids[there], tuple(lengths), ("",) * len(lengths))
-    drawn: list[int] = []
+    # where no rival draws them, each pair's neighbour
+    drawn = 2 * [(i + 1) % len(lengths) for i in range(len(lengths))]
     draw = torch.multinomial
 
     def recorded(weights: Tensor, count: int, *rest: Any, **options: Any) -> Tensor:
@@ -270,6 +240,7 @@ def _blip(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
         return found
 
     def rival_step() -> dict[str, Tensor]:
+        assert rival is not None
         if rival.training:
             return dict(zip(("itc", "itm", "lm"), rival(images, (ids, there.long()), 0.4), strict=True))
         drawn.clear()
@@ -283,7 +254,9 @@ def _blip(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
         return torch.tensor(drawn[: len(lengths)]), torch.tensor(drawn[len(lengths) :])
 
     weights = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
-    return Steps(rival, rival_step, own, {1: batch, 2: _twice(batch)}, weights, negatives)
+    inputs = {1: batch, 2: _twice(batch)}
+    step = None if rival is None else rival_step
+    return Steps(own.to(options.device), inputs, weights, rival, step, negatives, absent)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -301,19 +274,16 @@ def _initialise(module: nn.Module) -> None:
 # --------------------------------------------------------------------------------------------------------------------- CoCa
 
 
-def _coca(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
-    _coca.library = torchvision_names()  # its names go with it
+def _open_clip(sizes: dict[str, int]) -> tuple[nn.Module, nn.Module]:
+    """open_clip's CoCa and its loss."""
+    _open_clip.library = torchvision_names()  # its names go with it
     from open_clip.coca_model import CoCa
     from open_clip.loss import CoCaLoss
 
     width, heads = sizes["width"], sizes["heads"]
     text = {
-        "context_length": PADDED["coca"],
-        "vocab_size": COCA_WORDS,
-        "width": width,
-        "heads": heads,
-        "layers": sizes["depth"],
-    }
+        "context_length": PADDED["coca"], "vocab_size": COCA_WORDS, "width": width, "heads": heads, "layers": sizes["depth"],
+    }  # fmt: skip
     vision = {
         "image_size": sizes["image_size"], "layers": sizes["depth"], "width": width, "patch_size": 16, "attentional_pool": True,
         "attn_pooler_heads": 8, "output_tokens": True,
@@ -325,19 +295,38 @@ def _coca(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
         multimodal_cfg={**text, "attn_pooler_heads": 8},
     )
     nn.init.normal_(rival.text_decoder.text_projection, std=0.02)  # open_clip leaves it uninitialised
-    loss = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)
-    loaded = open_clip_coca.FORMAT.load(rival.state_dict())
-    own = CocaPretraining(loaded.config)
-    own.model = loaded
-    lengths = _lengths(arguments.batch, PADDED["coca"])
-    ids, there = _captions(lengths, PADDED["coca"], START, END, 0, range(1, 49000))
-    images = torch.randn(len(lengths), 3, sizes["image_size"], sizes["image_size"])
+    return rival, CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)
+
+
+def _coca(options: Options, sizes: dict[str, int]) -> Steps:
+    rival, absent = None, ""
+    try:
+        rival, loss = _open_clip(sizes)
+        loaded = open_clip_coca.FORMAT.load(rival.state_dict())
+        own = CocaPretraining(loaded.config)
+        own.model = loaded
+        rival = rival.to(options.device)
+    except ImportError as error:
+        absent = str(error)
+        hidden = 4 * sizes["width"]
+        config = open_clip_coca_preset(
+            "ViT-B-32", patch_size=16, image_size=sizes["image_size"], vision_dim=sizes["width"], vision_depth=sizes["depth"],
+            vision_heads=sizes["heads"], vision_hidden_dim=hidden, dim=sizes["width"], unimodal_depth=sizes["depth"],
+            num_heads=sizes["heads"], hidden_dim=hidden, multimodal_depth=sizes["depth"], decoder_heads=sizes["heads"],
+            decoder_hidden_dim=hidden,
+        )  # fmt: skip
+        own = CocaPretraining(config)
+    lengths = _lengths(options.batch, PADDED["coca"])
+    ids, there = (t.to(options.device) for t in _captions(lengths, PADDED["coca"], START, END, 0, range(1, 49000)))
+    images = torch.randn(len(lengths), 3, sizes["image_size"], sizes["image_size"]).to(options.device)
     batch = Batch(images, ids[there], tuple(lengths), ("",) * len(lengths))
 
     def rival_step() -> dict[str, Tensor]:
+        assert rival is not None
         return dict(zip(("contrastive", "caption"), loss(**rival(images, ids)), strict=True))
 
-    return Steps(rival, rival_step, own, {1: batch, 2: _twice(batch)}, {"contrastive": 1.0, "caption": 2.0})
+    weights, inputs = {"contrastive": 1.0, "caption": 2.0}, {1: batch, 2: _twice(batch)}
+    return Steps(own.to(options.device), inputs, weights, rival, None if rival is None else rival_step, absent=absent)
 
 
 # ------------------------------------------------------------------------------------------------------------------- BEiT-3
@@ -371,25 +360,35 @@ class _Torchscale(nn.Module):
         self.words, self.codes = nn.Linear(sizes["width"], BEIT3_WORDS), nn.Linear(sizes["width"], CODES)
 
 
-def _beit3(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
+def _beit3(options: Options, sizes: dict[str, int]) -> Steps:
     _beit3.library = torchvision_names()
-    rival = _Torchscale(sizes)
-    state = {name: t for name, t in rival.state_dict().items() if name.startswith("beit3.")}
-    trunk = format_of(state).load(state, num_heads=sizes["heads"])
+    rival, absent, positions = None, "", 1022
+    try:
+        rival = _Torchscale(sizes)
+        state = {name: t for name, t in rival.state_dict().items() if name.startswith("beit3.")}
+        trunk = format_of(state).load(state, num_heads=sizes["heads"])
+        positions = trunk.config.max_positions
+    except ImportError as error:
+        absent = str(error)
     config = beit3_preset(
         "base", image_size=sizes["image_size"], dim=sizes["width"], depth=sizes["depth"], num_heads=sizes["heads"],
-        hidden_dim=sizes["hidden"], vocab_size=BEIT3_WORDS, visual_vocab_size=CODES, max_positions=trunk.config.max_positions,
+        hidden_dim=sizes["hidden"], vocab_size=BEIT3_WORDS, visual_vocab_size=CODES, max_positions=positions,
     )  # fmt: skip
     own = Beit3Pretraining(config, _Codes(), mask_id=MASK, special_ids=(BOS, PAD, EOS))
-    own.model.load_trunk(trunk)
-    own.model.word_head.load_state_dict(rival.words.state_dict())
-    own.model.visual_head.load_state_dict(rival.codes.state_dict())
-    patches, size = (sizes["image_size"] // 16) ** 2, arguments.batch
+    if rival is not None:
+        own.model.load_trunk(trunk)
+        own.model.word_head.load_state_dict(rival.words.state_dict())
+        own.model.visual_head.load_state_dict(rival.codes.state_dict())
+        rival = rival.to(options.device)
+    patches, size = (sizes["image_size"] // 16) ** 2, options.batch
     kinds = [(_masked_images(size, patches, sizes), _masked_texts(size, share)) for share in (0.15, 0.5)]
     (alone, (text, padded)), (pair_image, (pair_text, pair_padded)) = kinds
-    inputs = Beit3Inputs(alone, text, pair_image, pair_text)
+    inputs = Beit3Inputs(alone, text, pair_image, pair_text).to(options.device)
+    alone, text, pair_image, pair_text = inputs.parts()
+    padded, pair_padded = (tuple(t.to(options.device) for t in tensors) for tensors in (padded, pair_padded))
 
     def rival_step() -> dict[str, Tensor]:
+        assert rival is not None
         encode, kept = rival.beit3, lambda rows, mask: rows[:, 1:][mask]
         out = encode(visual_tokens=alone.images, vision_masked_position=alone.mask)["encoder_out"]
         mim = F.cross_entropy(rival.codes(kept(out, alone.mask)), alone.targets)
@@ -401,7 +400,8 @@ def _beit3(arguments: argparse.Namespace, sizes: dict[str, int]) -> Steps:
         mvlm = mvlm + F.cross_entropy(rival.words(out[:, split:][pair_padded[2]]), pair_text.targets)
         return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
 
-    return Steps(rival, rival_step, own, {1: inputs}, {"mim": 1.0, "mlm": 1.0, "mvlm": 1.0})
+    weights = {"mim": 1.0, "mlm": 1.0, "mvlm": 1.0}
+    return Steps(own.to(options.device), {1: inputs}, weights, rival, None if rival is None else rival_step, absent=absent)
 
 
 def _masked_images(batch: int, patches: int, sizes: dict[str, int]) -> MaskedImages:
@@ -428,4 +428,4 @@ def _masked_texts(batch: int, share: float) -> tuple[MaskedTexts, tuple[Tensor, 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_as_script("steps"))

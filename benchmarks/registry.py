@@ -84,7 +84,6 @@ class Case:
         absent: provider -> why it is not here. baseline: the provider that speeds are ratios to; "": the first.
         work: how much of `unit` a call does, for throughput. least_bytes: what any provider must read and write, or None.
         facts: saved with every row. note: for people. release: drops what providers other than the one named need, for memory.
-        context: entered around everything that is done with the case.
     """
 
     calls: dict[str, Callable[[], object]]
@@ -112,8 +111,8 @@ class Entry(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """module: the file whose `cases` makes its entries. about: for people. seconds, quick_seconds: measured of each case. size: of
-    models, with and without `quick`; None where there are none."""
+    """module: the file whose `cases` makes its entries. about: for people. seconds, quick_seconds: measured of each case. size,
+    quick_size: of models; None where there are none. memory: whether it measures memory without being asked."""
 
     module: str
     about: str
@@ -121,12 +120,14 @@ class Suite(NamedTuple):
     quick_seconds: float
     size: str | None = None
     quick_size: str | None = None
+    memory: bool = False
 
     def settled(self, options: Options) -> Options:
         """The options with nothing left open."""
         seconds = self.quick_seconds if options.quick else self.seconds
         size = self.quick_size if options.quick else self.size
-        return replace(options, seconds=options.seconds or seconds, size=options.size or size)
+        memory = options.memory or self.memory
+        return replace(options, seconds=options.seconds or seconds, size=options.size or size, memory=memory)
 
 
 SUITES = {
@@ -134,7 +135,7 @@ SUITES = {
     "embed": Suite("bench_embed", "image and text towers alone against published code", 8.0, 2.0, "base", "small"),
     "steps": Suite("bench_steps", "pretraining steps against published code", 60.0, 8.0, "base", "small"),
     "generate": Suite("bench_generation", "writing and ranking captions against published code", 30.0, 3.0, "base", "small"),
-    "memory": Suite("bench_memory", "peak memory of pretraining steps", 1.0, 1.0, "base", "small"),
+    "memory": Suite("bench_memory", "peak memory of pretraining steps", 1.0, 1.0, "base", "small", True),
     "scaling": Suite("bench_scaling", "cost against batch, lengths, captions, losses and sizes", 3.0, 0.5, "small", "tiny"),
 }
 

@@ -44,8 +44,20 @@ ROOMS = {
     "profile_page": {"profiling"},
     "profile_peers": UP_TO_TRAINING | {"profiling"},
     "bench": UP_TO_TRAINING | {"environment", "measuring", "reference", "testing"},
+    "benchmarks": set(),  # a folder beside vlp_fast/, above all rooms: what it imports is not held to anything
     "cli": UP_TO_TRAINING
-    | {"_version", "environment", "measuring", "profiling", "profile_page", "profile_peers", "bench", "evidence", "capfilt"},
+    | {
+        "_version",
+        "environment",
+        "measuring",
+        "profiling",
+        "profile_page",
+        "profile_peers",
+        "bench",
+        "benchmarks",
+        "evidence",
+        "capfilt",
+    },
 }
 EXTERNAL = {
     "kernels": {"torch", "triton"},

@@ -1,67 +1,102 @@
-"""bench_steps.py runs from end to end in small, and shows a rival that disagrees as wrong, not as slow."""
+"""Suite "steps" runs from end to end in small, and shows a provider that disagrees as wrong, not as slow."""
 
-import importlib.util
+import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-FILE = Path(__file__).parents[2] / "benchmarks/bench_steps.py"
+from vlp_fast.cli import app
 
-
-@pytest.fixture(scope="module")
-def bench_steps(torchvision_ops):
-    pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
-    spec = importlib.util.spec_from_file_location("bench_steps", FILE)
-    module = sys.modules["bench_steps"] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_steps"]
+OWN = ["vlp_fast packed", "vlp_fast published"]
 
 
 @pytest.fixture
-def run(bench_steps, monkeypatch, tmp_path, capsys):
+def run(tmp_path, torchvision_ops):
     def call(*options):
         path = tmp_path / "steps.json"
-        arguments = ["bench_steps.py", "--size", "tiny", "--seconds", "0.1", "--no-memory", "--batch", "2", "--json", str(path)]
-        monkeypatch.setattr("sys.argv", [*arguments, *options])
-        monkeypatch.setattr(bench_steps, "prepare_process", lambda threads: None)  # denormals stay as other tests have them
-        code = bench_steps.main()
-        return code, json.loads(path.read_text()), capsys.readouterr().out
+        arguments = ["bench", "--suite", "steps", "--size", "tiny", "--seconds", "0.1", "--batch", "2", "--json", str(path)]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        return result.exit_code, json.loads(path.read_text()) if path.exists() else None, result.output
 
     return call
 
 
+@pytest.fixture
+def bench_steps():
+    return importlib.import_module("vlp_fast.benchmarks.bench_steps")
+
+
 def test_steps_equal_the_rivals_and_are_timed(run):
+    pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
     pytest.importorskip("torchscale.model.BEiT3", reason="torchscale or fairscale is not installed", exc_type=ImportError)
-    code, report, _ = run("--models", "coca", "beit3")
-    assert code == 0
+    code, report, out = run("coca", "beit-3")
+    assert code == 0, out
     rows = {(row["case"], row["provider"]): row for row in report["rows"]}
-    own = ["vlp_fast packed", "vlp_fast published"]
-    expected = [("coca", p) for p in ("open_clip", *own, "vlp_fast packed, 2 captions an image")]
-    assert list(rows) == [*expected, *(("beit3", p) for p in ("torchscale", *own))]
-    assert all(row["ms_median"] > 0 and row["steps"] >= 3 for row in rows.values())
-    assert report["stamp"]["omp_wait_policy"] in ("PASSIVE", "ACTIVE")
-    assert not report["notes"]
+    coca, beit3 = "CoCa: contrastive, caption", "BEiT-3: images, texts, pairs"
+    expected = [(coca, p) for p in ("open_clip", *OWN, "vlp_fast packed, 2 captions an image")]
+    assert list(rows) == [*expected, *((beit3, p) for p in ("torchscale", *OWN))]
+    for row in rows.values():
+        assert row["ms_median"] > 0
+        assert row["steps"] >= 3
+        assert 0 < row["ceiling_share"] < 1
+        assert row["ours"] == row["provider"].startswith("vlp_fast")
+    # the rival computes its padding
+    assert rows[coca, "open_clip"]["gflops"] > 1.5 * rows[coca, OWN[0]]["gflops"]
+    assert rows[beit3, OWN[0]]["speedup"] == pytest.approx(
+        rows[beit3, "torchscale"]["ms_median"] / rows[beit3, OWN[0]]["ms_median"]
+    )
+    assert not report["wrong"]
+    assert not report["absent"]
 
 
 def test_a_step_that_disagrees_is_not_timed(run, bench_steps, monkeypatch):
+    pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
     step = bench_steps.Steps.own_step
 
     def wrong(self, provider):
         return {name: loss * (1.01 if provider == "published" else 1.0) for name, loss in step(self, provider).items()}
 
     monkeypatch.setattr(bench_steps.Steps, "own_step", wrong)
-    code, report, out = run("--models", "coca")
+    code, report, out = run("coca")
     assert code == 1
-    assert not report["rows"]
-    assert "coca is wrong and was not timed: contrastive is" in out.replace("\n", " ")
+    assert [row["provider"] for row in report["rows"]] == ["open_clip", OWN[0], "vlp_fast packed, 2 captions an image"]
+    (line,) = report["wrong"]
+    assert line["provider"] == OWN[1]
+    assert "where the rival's is" in line["reason"]
+    assert "wrong, and not timed: vlp_fast published at CoCa" in out.replace("\n", " ")
 
 
-def test_a_rival_that_is_not_there_is_named(run):
-    code, report, _ = run("--models", "blip")
-    assert code == 0
-    assert report["notes"] == ["blip: not run, salesforce BLIP cannot be imported (give its clone as --blip-source)"]
+def test_without_the_rival_the_schedules_are_compared(run):
+    code, report, out = run("blip")
+    assert code == 0, out
+    assert [row["provider"] for row in report["rows"]] == [*OWN, "vlp_fast packed, 2 captions an image"]
+    assert report["rows"][1]["speedup"] == 1.0
+    (line,) = report["absent"]
+    assert line["provider"] == "salesforce BLIP"
+    assert "--blip-source" in line["reason"]
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("model", ["coca", "beit3"])
+def test_models_without_a_rival_that_cannot_be_imported(bench_steps, monkeypatch, model):
+    from vlp_fast.benchmarks.registry import Options
+
+    def missing(*args):
+        raise ImportError("not installed")
+
+    monkeypatch.setattr(bench_steps, "_open_clip", missing)
+    monkeypatch.setattr(bench_steps, "_Torchscale", missing)
+    case = bench_steps._case(Options(size="tiny", batch=2), model)
+    assert list(case.calls)[:2] == OWN
+    assert case.absent == {bench_steps.RIVALS[model]: "not installed"}
+    assert case.baseline == OWN[1]
+    assert case.wrong() == {}
+
+
+def test_memory_of_a_provider_in_a_process_of_its_own(run):
+    code, report, out = run("blip", "--memory")
+    assert code == 0, out
+    assert all(200 < row["peak_mb"] < 4000 for row in report["rows"]), report["rows"]
+    assert report["rows"][0]["memory_ratio"] == report["rows"][0]["peak_mb"] / report["rows"][1]["peak_mb"]

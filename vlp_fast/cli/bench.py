@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vlp_fast.bench import DTYPES, Benchmark, Settings, Throughput, prepare_process
 from vlp_fast.cli._output import fail, output_console
+from vlp_fast.cli.suites import run_suites
 from vlp_fast.ops import BACKENDS
 from vlp_fast.training import MODELS, SIZES
 
@@ -27,7 +28,23 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def bench(
-    models: Annotated[list[str] | None, typer.Argument(help=f"Some of {', '.join(MODELS)}; default: all.")] = None,
+    context: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Some of {', '.join(MODELS)}; default: all. With --suite: parts of cases' names."),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Side by side with published code instead: kernels, embed, steps, generate, memory or scaling; repeatable."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With --suite: smaller models and fewer calls.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="With --suite: the peak memory of each provider too.")] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="With --suite: an earlier report; what moved beyond the spread is named.")
+    ] = None,
+    blip_source: Annotated[Path | None, typer.Option(help="With --suite: a clone of github.com/salesforce/BLIP.")] = None,
     size: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SIZES)}; repeatable.  [default: base]")] = None,
     data: Annotated[
         str, typer.Option(help="easy-vqa, a folder, a .json/.jsonl/.csv/.tsv manifest, or tar shards.")
@@ -46,7 +63,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     png_file: Annotated[Path | None, typer.Option("--png", help="Write a plot (needs matplotlib).")] = None,
 ) -> None:
-    """Measure embedding and pretraining steps (forward, losses, backward) on real images and captions.
+    """Measure embedding and pretraining steps (forward, losses, backward) on real images and captions; or a suite, side by side.
 
     Weights are random. Reading and decoding files is not in the numbers. What cannot run is listed with the reason; the exit
     code is not 0 where nothing was measured.
@@ -57,8 +74,22 @@ def bench(
       rows     [{model, size, backend, task, images_per_second, tokens_per_second, ms_median, ms_q1,
                ms_q3, ms_min, ms_max, steps, peak_mb, batch, dtype, image_size, note}]
       skipped  [{reason, count, names}] of pairs that could not be read
+
+    \b
+    A suite runs named cases by every provider that is installed: first checked against each other, then timed in turns. Those absent
+    are listed with the reason. With --suite, --seconds is for a case (default: the suite's), and the JSON has schema 2:
+      stamp     as above
+      ceilings  {gflops_per_second, copy_gb_per_second} of this machine
+      rows      [{case, provider, ours, speedup, ms_median, ms_q1, ms_q3, ms_min, ms_max, steps, gflops,
+                gflops_per_second, ceiling_share, gb_per_second, copy_share, per_second, unit, peak_mb,
+                memory_ratio}]
+      wrong, absent  [{case, provider, reason}]
     """
+    if suite:
+        _bench_suites(context, suite, models, size, batch, dtype, seconds, threads, device, seed, json_file, png_file)
+        return
     try:
+        _check_needs_suite(context)
         prepare_process(threads)
         settings = Settings(
             models=tuple(dict.fromkeys(models or MODELS)),
@@ -99,6 +130,56 @@ def bench(
         save(plot_throughput(report), png_file)
     if not finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def _given(context: typer.Context, *names: str) -> list[str]:
+    """Those options that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def _check_needs_suite(context: typer.Context) -> None:
+    given = _given(context, "quick", "memory", "compare", "blip_source")
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for --suite, which is not given.")
+
+
+def _bench_suites(
+    context: typer.Context,
+    suites: list[str],
+    models: list[str] | None,
+    size: list[str] | None,
+    batch: int,
+    dtype: str,
+    seconds: float,
+    threads: int | None,
+    device: str | None,
+    seed: int,
+    json_file: Path | None,
+    png_file: Path | None,
+) -> None:
+    try:
+        unfit = _given(context, "data", "backend", "steps", "image_size")
+        if unfit:
+            raise ValueError(f"--{unfit[0].replace('_', '-')} is not for --suite, whose cases have their own.")
+        if size is not None and len(size) > 1:
+            raise ValueError(f"a suite runs at one --size; received {', '.join(size)}.")
+        prepare_process(threads)
+        options = {
+            "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            "dtype": dtype,
+            "size": size[0] if size else None,
+            "batch": batch,
+            "seconds": seconds if _given(context, "seconds") else None,
+            "only": tuple(models or ()),
+            "seed": seed,
+            **{name: context.params[name] for name in ("quick", "memory", "blip_source")},
+        }
+        run_suites(suites, options, json_file, png_file, context.params["compare"])
+    except (ValueError, OSError) as error:
+        fail("bench", error, code=2)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _check_outputs(json_file: Path | None, png_file: Path | None) -> None:
