@@ -13,13 +13,16 @@ from vlp_fast.ops import _attention_bf16, attention
 SCALE = 0.2  # no power of two: scores must be scaled before they are rounded
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, keep: Tensor | None = None) -> Tensor:
     scores = (q @ k.transpose(-1, -2)) * SCALE
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    if keep is not None:
+        weights = weights * keep / 0.75
+    return weights.to(q.dtype) @ v
 
 
 def _run(function, tensors: list[Tensor], dout: Tensor) -> list[Tensor]:
@@ -33,26 +36,27 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("groups", "heads", "length_q", "length_k", "masked", "causal"),
+    ("groups", "heads", "length_q", "length_k", "masked", "causal", "drops"),
     [
-        (3, 2, 7, 19, False, False),
-        (3, 4, 300, 301, False, False),  # blocks of two groups and of one
-        (1, 2, 750, 750, True, True),  # a group that is larger than a block
-        (4, 3, 40, 40, False, True),
-        (4, 3, 21, 33, True, False),
+        (3, 2, 7, 19, False, False, False),
+        (3, 4, 300, 301, False, False, True),  # blocks of two groups and of one
+        (1, 2, 750, 750, True, True, False),  # a group that is larger than a block
+        (4, 3, 40, 40, False, True, True),
+        (4, 3, 21, 33, True, False, True),
     ],
 )
-def test_error_is_eager_codes_at_most(groups, heads, length_q, length_k, masked, causal):
+def test_error_is_eager_codes_at_most(groups, heads, length_q, length_k, masked, causal, drops):
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(groups, n, heads, 32).bfloat16() for n in (length_q, length_k, length_k, length_q))
     mask = None
     if masked:
         mask = torch.ones(groups, 1, 1, length_k, dtype=torch.bool)
         mask[0, ..., length_k // 2 :] = False
+    keep, dropout_p = (torch.rand(groups, heads, length_q, length_k) >= 0.25, 0.25) if drops else (None, 0.0)
     dout = dout.transpose(1, 2)
-    exact = _run(lambda *x: _eager(*x, mask, causal), [x.double() for x in (q, k, v)], dout)
-    eager = _run(lambda *x: _eager(*x, mask, causal), [q, k, v], dout)
-    found = _run(lambda *x: _attention_bf16.attention(*x, mask, causal, SCALE), [q, k, v], dout)
+    exact = _run(lambda *x: _eager(*x, mask, causal, keep), [x.double() for x in (q, k, v)], dout)
+    eager = _run(lambda *x: _eager(*x, mask, causal, keep), [q, k, v], dout)
+    found = _run(lambda *x: _attention_bf16.attention(*x, mask, causal, SCALE, keep, dropout_p), [q, k, v], dout)
     for ours, theirs, right in zip(found, eager, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         assert 0.0 < _error(ours, right) < 1.15 * _error(theirs, right) < 0.01
@@ -90,11 +94,16 @@ def test_the_torch_backend_chooses_it_where_it_is_faster(monkeypatch):
     with torch.no_grad():
         attention(q, k, v, plan)  # few scores and no gradient: the fused call
     attention(q.float(), k.float(), v.float(), plan)
+    attention(q, k, v, plan, return_lse=True)
     attention(q, k[:, :1], v[:, :1], plan)  # multi-query
     assert called == [1]
+    torch.manual_seed(1)
+    dropped = attention(q, k, v, plan, dropout_p=0.5)
+    assert called == [1, 1]
     monkeypatch.setattr(_attention_bf16, "_products_are_faster", lambda: False)
-    attention(q, k, v, plan)
-    assert called == [1]
+    torch.manual_seed(1)
+    assert _error(dropped.detach(), attention(q, k, v, plan, dropout_p=0.5).detach().double()) < 0.01  # the same mask
+    assert called == [1, 1]
 
 
 def test_shapes_without_values():

@@ -1,7 +1,7 @@
 """bf16 attention on a CPU as batched products: PyTorch's fused one computes at a seventh of its products' rate there.
 
 Scores are bf16, their softmax is summed in fp32, weights are bf16 again: the roundings of the models' published code under autocast.
-What is kept for the backward is q, k and v; scores are formed again, those of some groups at a time.
+What is kept for the backward is q, k and v, and which weights dropout keeps; scores are formed again, those of some groups at a time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _products_are_faster() -> bool:
     )
 
 
-def is_for_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+def is_for_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
     """Whether `attention` is for such operands: bf16 on such a CPU, as many heads of q as of k, a mask of keys or none."""
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    learns = dropout_p > 0.0 or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"
@@ -42,12 +42,22 @@ def is_for_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> boo
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     """``[groups, heads, seqlen_q, head_dim]`` in, the same out.
 
-    mask: bool ``[groups or 1, 1, 1, seqlen_k]``, False where no query reads. causal: query i reads keys up to i.
+    mask: bool ``[groups or 1, 1, 1, seqlen_k]``, False where no query reads. causal: query i reads keys up to i. keep: bool
+    ``[groups, heads, seqlen_q, seqlen_k]``, False where dropout with `dropout_p` makes a weight 0; None: no dropout.
     """
-    out: Tensor = _Attention.apply(q, k, v, mask, causal, scale)
+    out: Tensor = _Attention.apply(q, k, v, mask, causal, scale, keep, 1.0 / (1.0 - dropout_p))
     return out
 
 
@@ -74,41 +84,54 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: flo
     return torch.ops.aten._softmax(scores, -1, False)  # unlike torch.softmax, bf16 under autocast too
 
 
-def _masked(mask: Tensor | None, block: slice) -> Tensor | None:
+def _part(mask: Tensor | None, block: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[block]
+
+
+def _kept(weights: Tensor, keep: Tensor | None, block: slice) -> Tensor:
+    return weights if keep is None else weights * keep[block].flatten(0, 1)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        keep: Tensor | None,
+        kept_scale: float,
+    ) -> Tensor:
         groups, heads, length, head_dim = q.shape
         out = q.new_empty(groups, length, heads, head_dim)
         for block in _blocks(q, k):
             qb, kb, vb = (_by_head(x[block]) for x in (q, k, v))
-            weights = _weights(qb, kb, _masked(mask, block), causal, scale, heads)
-            out[block] = torch.bmm(weights, vb).unflatten(0, (-1, heads)).transpose(1, 2)
+            weights = _kept(_weights(qb, kb, _part(mask, block), causal, scale, heads), keep, block)
+            out[block] = _scaled(weights, vb, kept_scale).unflatten(0, (-1, heads)).transpose(1, 2)
         return out.transpose(1, 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, mask, ctx.causal, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, mask)
+        q, k, v, mask, ctx.causal, ctx.scale, keep, ctx.kept_scale = inputs
+        ctx.save_for_backward(q, k, v, mask, keep)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, mask, keep = ctx.saved_tensors
         heads = q.shape[1]
         dq, dk, dv = (x.new_empty(x.shape[0], x.shape[2], heads, x.shape[3]) for x in (q, k, v))
         for block in _blocks(q, k):
             qb, kb, vb, db = (_by_head(x[block]) for x in (q, k, v, dout))
-            weights = _weights(qb, kb, _masked(mask, block), ctx.causal, ctx.scale, heads)
-            dweights = torch.bmm(db, vb.transpose(1, 2))
+            weights = _weights(qb, kb, _part(mask, block), ctx.causal, ctx.scale, heads)
+            dweights = _kept(_scaled(db, vb.transpose(1, 2), ctx.kept_scale), keep, block)
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             for out, found in (
                 (dq, _scaled(dscores, kb, ctx.scale)),
                 (dk, _scaled(dscores.transpose(1, 2), qb, ctx.scale)),
-                (dv, torch.bmm(weights.transpose(1, 2), db)),
+                (dv, _scaled(_kept(weights, keep, block).transpose(1, 2), db, ctx.kept_scale)),
             ):
                 out[block] = found.unflatten(0, (-1, heads)).transpose(1, 2)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None, None
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None, None, None, None

@@ -43,7 +43,11 @@ def attention(
             qb = _pack(q, bucket.query_rows, bucket.query_start, bucket.groups, bucket.seqlen_q)
         kb = _pack(k, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
         vb = _pack(v, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
-        if dropout_p > 0.0 or return_lse:
+        products = biases is None and not return_lse and _attention_bf16.is_for_products(qb, kb, vb, bucket.mask, dropout_p)
+        if products:
+            keep = None if seed is None else _keep(seed, bucket, q.shape[1], dropout_p)
+            out = _attention_bf16.attention(qb, kb, vb, bucket.mask, bucket.causal, scale, keep, dropout_p)
+        elif dropout_p > 0.0 or return_lse:
             out, lse = _explicit(qb, kb, vb, bucket, scale, dropout_p, seed)
             lses.append(lse.transpose(0, 1).reshape(q.shape[1], -1))  # [heads, slots]
         else:
@@ -51,12 +55,9 @@ def attention(
             if biases is not None:
                 bias = biases[number].to(q.dtype)
                 mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
-            if biases is None and _attention_bf16.is_for_products(qb, kb, vb, mask):
-                out = _attention_bf16.attention(qb, kb, vb, mask, bucket.causal, scale)
-            else:
-                out = F.scaled_dot_product_attention(
-                    qb, kb, vb, attn_mask=mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-                )
+            out = F.scaled_dot_product_attention(
+                qb, kb, vb, attn_mask=mask, is_causal=bucket.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], q.shape[2]))  # [slots, heads, head_dim]
     if padded.slots is None:
         return (outs[0], lses[0]) if return_lse else outs[0]
