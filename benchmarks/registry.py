@@ -136,6 +136,7 @@ SUITES = {
     "steps": Suite("bench_steps", "pretraining steps against published code", 60.0, 8.0, "base", "small"),
     "generate": Suite("bench_generation", "writing and ranking captions against published code", 30.0, 3.0, "base", "small"),
     "memory": Suite("bench_memory", "peak memory of pretraining steps", 1.0, 1.0, "base", "small", True),
+    "changes": Suite("bench_changes", "what single changes of this library gain", 15.0, 2.0, "base", "small"),
     "scaling": Suite("bench_scaling", "cost against batch, lengths, captions, losses and sizes", 3.0, 0.5, "small", "tiny"),
 }
 

@@ -95,6 +95,7 @@ def test_the_torch_backend_chooses_it_where_it_is_faster(monkeypatch):
         attention(q, k, v, plan)  # few scores and no gradient: the fused call
     attention(q.float(), k.float(), v.float(), plan)
     attention(q, k, v, plan, return_lse=True)
+    attention(q[:50], k[:50], v[:50], AttentionPlan.self_attention([50]))  # few scores
     attention(q, k[:, :1], v[:, :1], plan)  # multi-query
     assert called == [1]
     torch.manual_seed(1)

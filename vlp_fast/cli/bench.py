@@ -36,7 +36,7 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="Side by side with published code instead: kernels, embed, steps, generate, memory or scaling; repeatable."
+            help="Side by side with published code instead: kernels, embed, steps, generate, memory, scaling or changes; repeatable."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="With --suite: smaller models and fewer calls.")] = False,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["attention", "is_for_products"]
 
-LEAST = 2**18  # scores below which the fused call's forward is as fast; its backward never is
+LEAST, LEAST_LEARNING = 2**18, 2**13  # scores below which the fused call is as fast, alone and with its backward
 BLOCK = 2**20  # scores formed at once, so that they stay in a core's cache
 
 
@@ -37,7 +37,7 @@ def is_for_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
         and q.device.type == "cpu"
         and q.shape[1] == k.shape[1]
         and (mask is None or mask.shape[2] == 1)
-        and (learns or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] >= LEAST)
+        and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] >= (LEAST_LEARNING if learns else LEAST)
         and _products_are_faster()
     )
 

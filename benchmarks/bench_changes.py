@@ -1,0 +1,186 @@
+"""Suite "changes": what single changes of this library gain: all of it, against all of it but one, in turns in one process.
+
+Each case has what was predicted of the change before it was made, from the profile or the count named in its note; the providers are the
+library as it is ("vlp_fast") and without the change. A gain is the time without it over the time with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from vlp_fast.benchmarks import bench_steps
+from vlp_fast.benchmarks.registry import DTYPES, Case, Entry, NotHere, Options
+from vlp_fast.benchmarks.script import run_as_script
+from vlp_fast.generation import generate
+from vlp_fast.models import BlipCaptioner, blip_preset, open_clip_coca_preset
+from vlp_fast.models.coca_open_clip import OpenClipCoca
+from vlp_fast.modules import Dropout
+from vlp_fast.ops import _attention_bf16, _multiway_torch, _products, packed_weights
+from vlp_fast.ops import linear as linear_module
+
+__all__ = ["cases"]
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def cases(options: Options) -> Iterator[Entry]:
+    """A change each. Those of one dtype are not there in another."""
+    fp32, bf16 = options.dtype == "fp32", options.dtype == "bf16"
+    steps = {"blip": "BLIP", "coca": "CoCa", "beit3": "BEiT-3"}
+    for model, predicted, why in (
+        ("blip", 1.19, "1,908 GFLOPs of a step against 1,600: vlp-fast profile"),
+        ("beit3", 1.0, "the same FLOPs in one forward, not three"),
+    ):
+        yield Entry(f"packed schedule, {steps[model]} step", lambda m=model, p=predicted, w=why: _schedules(options, m, p, w))
+    if fp32 and options.device == "cpu":
+        why = "oneDNN's products are twice as fast as MKL's on this processor, and are most of a step"
+        for model in steps:
+            yield Entry(
+                f"fp32 products by oneDNN, {steps[model]} step", lambda m=model: _step(options, m, _without_onednn, 1.7, why)
+            )
+    if bf16 and options.device == "cpu":
+        why = "29 -> 15 ms of attention, forward and backward, in each of 12 layers of a step of 3.4 s"
+        for model in steps:
+            yield Entry(
+                f"bf16 attention as products, {steps[model]} step",
+                lambda m=model: _step(options, m, _without_products, 1.06, why),
+            )
+        why = "the text tower's weights are cast twice as often without, and so are their gradients: 80 ms of 3.3 s"
+        yield Entry("parameters cast once, BLIP step", lambda: _cast_once(options, 1.02, why))
+    if options.device == "cpu":
+        why = "1.8 -> 0.5 ms of random numbers in each of 46 calls"
+        yield Entry("dropout by 16 bits, BLIP step", lambda: _step(options, "blip", _plain_dropout, 1.02, why))
+        why = "oneDNN reorders a weight in every call without: 8 rows read it at 41 GB/s where 24 were reached"
+        yield Entry("packed weights, BLIP nucleus 0.9", lambda: _generation(options, "blip", "packed", 1.15, why))
+        yield Entry("packed weights, CoCa nucleus 0.9", lambda: _generation(options, "coca", "packed", 1.15, why))
+        why = "one pass less over the MLP's hidden rows"
+        yield Entry("GELU inside the product, BLIP image encoder", lambda: _encoder(options, 1.03, why))
+
+
+def _compared(context: Context, call: Callable[[], object], predicted: float, why: str, name: str, **rest: Any) -> Case:
+    """call as it is, and within `context`, where the change is undone."""
+    with ExitStack() as stack:
+        stack.enter_context(context())  # a name that is not there fails before anything is timed
+
+    def without() -> object:
+        with context():
+            return call()
+
+    calls = {name: without, "vlp_fast": call}
+    return Case(calls, dict, facts={"predicted": predicted}, note=f"predicted: {why}", **rest)
+
+
+def _built(options: Options, model: str) -> bench_steps.Steps:
+    torch.manual_seed(options.seed)
+    shape = bench_steps.SHAPES[options.size]
+    missing = patch.multiple(bench_steps, _open_clip=_not_wanted, _Torchscale=_not_wanted)
+    with missing:
+        steps = {"blip": bench_steps._blip, "coca": bench_steps._coca, "beit3": bench_steps._beit3}[model](
+            replace(options, blip_source=None), shape
+        )
+    steps.own.train()
+    return steps
+
+
+def _not_wanted(*args: object) -> None:
+    raise ImportError("no rival is wanted")
+
+
+def _schedules(options: Options, model: str, predicted: float, why: str) -> Case:
+    steps = _built(options, model)
+
+    def call(schedule: str) -> Callable[[], object]:
+        return bench_steps._training(steps.own, lambda: steps.own_step(schedule), steps.weights, options)
+
+    calls = {"without: published": call("published"), "vlp_fast": call("packed")}
+    facts = {"predicted": predicted}
+    return Case(calls, lambda: {f"vlp_fast {n}": r for n, r in bench_steps._differences(steps).items()}, facts=facts, note=why)
+
+
+def _step(options: Options, model: str, context: Context, predicted: float, why: str) -> Case:
+    steps = _built(options, model)
+    call = bench_steps._training(steps.own, lambda: steps.own_step("packed"), steps.weights, options)
+    return _compared(context, call, predicted, why, "without")
+
+
+def _cast_once(options: Options, predicted: float, why: str) -> Case:
+    steps = _built(options, "blip")
+    call = bench_steps._training(steps.own, lambda: steps.own_step("packed"), steps.weights, options)
+    context = lambda: patch("vlp_fast.training.objective.parameters_cast_once", nullcontext)  # noqa: E731
+    return _compared(context, call, predicted, why, "without")
+
+
+def _without_onednn() -> AbstractContextManager[Any]:
+    if not _products.onednn_is_faster():
+        raise NotHere("the two libraries are the same one on this processor")
+    return patch.object(_products, "onednn_is_faster", lambda: False)
+
+
+def _without_products() -> AbstractContextManager[Any]:
+    if not _attention_bf16._products_are_faster():
+        raise NotHere("this processor's bf16 attention is PyTorch's fused one in any case")
+    return patch.object(_attention_bf16, "_products_are_faster", lambda: False)
+
+
+def _plain_dropout() -> AbstractContextManager[Any]:
+    return patch.object(Dropout, "forward", nn.Dropout.forward)
+
+
+def _generation(options: Options, model: str, name: str, predicted: float, why: str) -> Case:
+    torch.manual_seed(options.seed)
+    shape = bench_steps.SHAPES[options.size]
+    width, depth, heads = shape["width"], shape["depth"], shape["heads"]
+    images = torch.randn(options.batch, 3, 224, 224).to(DTYPES[options.dtype])
+    if model == "blip":
+        config: Any = blip_preset(
+            "base", vision_dim=width, vision_depth=depth, vision_heads=heads, dim=width, depth=depth, num_heads=heads,
+            hidden_dim=shape["hidden"],
+        )  # fmt: skip
+        captioner: nn.Module = BlipCaptioner(config)
+        arguments: dict[str, Any] = {"eos_id": 102}
+    else:
+        captioner = OpenClipCoca(open_clip_coca_preset("tiny" if options.size == "tiny" else "ViT-B-32", image_size=224))
+        arguments = {"start_id": 1, "eos_id": 2}
+    captioner = captioner.eval().to(DTYPES[options.dtype])
+    packed = packed_weights(captioner)
+
+    def plain() -> object:
+        with torch.no_grad():
+            return generate(captioner, images, sample=True, top_p=0.9, min_length=21, max_length=21, **arguments)
+
+    def within() -> object:
+        with packed:
+            return plain()
+
+    return Case({"without": plain, "vlp_fast": within}, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
+
+
+def _encoder(options: Options, predicted: float, why: str) -> Case:
+    steps = _built(options, "blip")
+    encoder = steps.own.eval().model.image_encoder.to(DTYPES[options.dtype])
+    images = steps.inputs[1].images.to(DTYPES[options.dtype])
+
+    def call() -> object:
+        with torch.no_grad():
+            return encoder(images)
+
+    def context() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for module in (_multiway_torch, linear_module):
+            if hasattr(module, "fuses_gelu"):
+                stack.enter_context(patch.object(module, "fuses_gelu", lambda *args: False))
+        stack.enter_context(patch.object(_products, "fuses_gelu", lambda *args: False))
+        return stack
+
+    return _compared(context, call, predicted, why, "without")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_as_script("changes"))
