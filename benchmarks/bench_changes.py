@@ -1,7 +1,8 @@
 """Suite "changes": what single changes of this library gain: all of it, against all of it but one, in turns in one process.
 
 Each case has what was predicted of the change before it was made, from the profile or the count named in its note; the providers are the
-library as it is ("vlp_fast") and without the change. A gain is the time without it over the time with it.
+library as it is ("vlp_fast") and without the change. A gain is the time without it over the time with it. Cases that begin with "left out"
+are of what was tried and not taken: their provider "tried" is the library with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vlp_fast.benchmarks import bench_steps
@@ -60,6 +62,11 @@ def cases(options: Options) -> Iterator[Entry]:
         why = "oneDNN reorders a weight in every call without: 8 rows read it at 41 GB/s where 24 were reached"
         yield Entry("packed weights, BLIP nucleus 0.9", lambda: _generation(options, "blip", "packed", 1.15, why))
         yield Entry("packed weights, CoCa nucleus 0.9", lambda: _generation(options, "coca", "packed", 1.15, why))
+        why = "scores in fp32 by batched products, as bf16 has them, whose forward and backward halve"
+        yield Entry("left out: fp32 attention as products, 8 images", lambda: _fp32_attention(options, 1.5, why))
+        if bf16:
+            why = "fewer, larger products"
+            yield Entry("left out: bf16 attention with all scores at once, 8 images", lambda: _whole_scores(options, 1.1, why))
         why = "one pass less over the MLP's hidden rows"
         yield Entry("GELU inside the product, BLIP image encoder", lambda: _encoder(options, 1.03, why))
 
@@ -160,6 +167,40 @@ def _generation(options: Options, model: str, name: str, predicted: float, why: 
             return plain()
 
     return Case({"without": plain, "vlp_fast": within}, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
+
+
+def _image_heads(options: Options, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """q, k, v and a gradient of the output for ViT-B's attention: ``[batch, 12, 197, 64]``, laid out by rows."""
+    torch.manual_seed(options.seed)
+    return tuple(torch.randn(options.batch, 197, 12, 64).to(dtype).transpose(1, 2) for _ in range(4))
+
+
+def _gradients(function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    *inputs, dout = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+
+def _fp32_attention(options: Options, predicted: float, why: str) -> Case:
+    tensors = _image_heads(options, torch.float32)
+
+    def tried(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.softmax((q @ k.transpose(-1, -2)) * 0.125, -1) @ v
+
+    calls = {"vlp_fast": _gradients(F.scaled_dot_product_attention, tensors), "tried": _gradients(tried, tensors)}
+    return Case(calls, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
+
+
+def _whole_scores(options: Options, predicted: float, why: str) -> Case:
+    call = _gradients(
+        lambda q, k, v: _attention_bf16.attention(q, k, v, None, False, 0.125), _image_heads(options, torch.bfloat16)
+    )
+
+    def tried() -> object:
+        with patch.object(_attention_bf16, "BLOCK", 2**40):
+            return call()
+
+    return Case({"vlp_fast": call, "tried": tried}, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
 
 
 def _encoder(options: Options, predicted: float, why: str) -> Case:
