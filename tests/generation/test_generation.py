@@ -5,14 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlp_fast.generation import Beit3Decoder, BlipDecoder, CocaDecoder, Texts, generate, rank_captions
+from vlp_fast.generation import (
+    Beit3Decoder,
+    BlipAnswerDecoder,
+    BlipDecoder,
+    CocaDecoder,
+    CocaPalmDecoder,
+    Questions,
+    Texts,
+    generate,
+    rank_answers,
+    rank_captions,
+)
 from vlp_fast.generation.cache import TextCache
 from vlp_fast.generation.rules import Rules, draw, keep_probable
-from vlp_fast.models import Blip, Coca, beit3_preset, blip_preset, coca_preset
+from vlp_fast.models import Blip, BlipVqa, Coca, CocaExperts, beit3_preset, blip_preset, coca_preset
 from vlp_fast.models.beit3 import Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
 from vlp_fast.models.blip import BlipCaptioner, BlipRetriever
 from vlp_fast.models.coca_open_clip import OpenClipCoca, open_clip_coca_preset
+from vlp_fast.models.coca_palm import CocaPalm, coca_palm_preset
 from vlp_fast.ops import packed_weights
 from vlp_fast.segments import Segments
 
@@ -33,6 +45,14 @@ def _open_clip_coca():
     return OpenClipCoca(open_clip_coca_preset("tiny", **SMALL, patch_size=16, decoder_heads=2, decoder_hidden_dim=96))
 
 
+def _coca_experts():
+    return CocaExperts(coca_preset("tiny", **SMALL, caption_queries=5, experts=True))
+
+
+def _coca_palm(**changes):
+    return CocaPalm(coca_palm_preset("tiny", **SMALL, caption_queries=5, **changes))
+
+
 def _beit3(**changes):
     return Beit3Captioner(beit3_preset("tiny", **SMALL, **changes))
 
@@ -40,7 +60,10 @@ def _beit3(**changes):
 MODELS = {
     "blip": _blip,
     "blip_captioner": lambda: _blip(BlipCaptioner),
+    "blip_vqa": lambda: _blip(BlipVqa),
     "coca": _coca,
+    "coca_experts": _coca_experts,
+    "coca_palm": _coca_palm,
     "open_clip_coca": _open_clip_coca,
     "beit3": _beit3,
     "beit3_masked": lambda: Beit3MaskedModel(beit3_preset("tiny", **SMALL)),
@@ -62,17 +85,32 @@ def _model(name, dtype=torch.float32, scale=3.0):
     return model
 
 
-def _decoder(model):
+COCAS = (Coca, CocaExperts, CocaPalm, OpenClipCoca)
+
+
+def _questions(images):
+    """Questions of different lengths, one about each image; of an image alone, the one that it has in a batch."""
+    texts = [[4, *range(20, 23 + 2 * i), EOS] for i in images]
+    return Questions(*_pack(texts))
+
+
+def _decoder(model, images):
+    if isinstance(model, BlipVqa):
+        return BlipAnswerDecoder(model, _questions(images))
     if isinstance(model, Blip | BlipCaptioner):
         return BlipDecoder(model)
-    return CocaDecoder(model) if isinstance(model, Coca | OpenClipCoca) else Beit3Decoder(model, MASK)
+    if isinstance(model, CocaPalm):
+        return CocaPalmDecoder(model)
+    return CocaDecoder(model) if isinstance(model, COCAS) else Beit3Decoder(model, MASK)
 
 
-def _ids(model):
-    """The ids that `generate` needs to be told."""
+def _ids(model, images):
+    """What `generate` needs to be told: ids, and the questions about these images."""
+    if isinstance(model, BlipVqa):
+        return {"eos_id": EOS, "questions": _questions(images)}
     if isinstance(model, Blip | BlipCaptioner):
         return {"eos_id": EOS}
-    return {"eos_id": EOS, "start_id": START, **({"mask_id": MASK} if not isinstance(model, Coca | OpenClipCoca) else {})}
+    return {"eos_id": EOS, "start_id": START, **({} if isinstance(model, COCAS) else {"mask_id": MASK})}
 
 
 def _images(n, dtype=torch.float32, seed=0):
@@ -83,20 +121,54 @@ def _pack(texts):
     return torch.tensor([word for text in texts for word in text]), Segments([len(text) for text in texts])
 
 
-def _next_logits(model, images, texts):
-    """What the model's own forward says of the word after each text, image i with text i."""
+def _next_logits(model, images, texts, about):
+    """What the model's own forward says of the word after each text, image i (the one numbered ``about[i]``) with text i."""
     index = list(range(len(texts)))
+    if isinstance(model, BlipVqa):
+        ids, segments = _pack(texts)
+        questions = _questions(about)
+        context = model.encode_questions(questions.token_ids, questions.segments, model.encode_image(images), index)
+        (hidden,) = model.text_tower([model.answer_pass(ids, segments, index)], context, questions.segments)
+        return model.word_logits(hidden)[segments.last_rows()]
     if isinstance(model, Blip | BlipCaptioner):
         ids, segments = _pack(texts)
         rows = model.encode_image(images)
         (hidden,) = model.text_tower([model.captioning_pass(ids, segments, index)], rows.rows, rows.segments)
         return model.word_logits(hidden)[segments.last_rows()]
-    if isinstance(model, Coca | OpenClipCoca):
+    if isinstance(model, COCAS):
         ids, segments = _pack([[*text, 0] for text in texts])  # the last word has no next: one that is not looked at
         logits, kept = model.word_logits(model.encode_text(ids, segments), model.encode_image(images))
         return logits[torch.searchsorted(kept, segments.last_rows() - 1)]
     ids, segments = _pack([[*text, MASK] for text in texts])
     return model.word_head(model.encode_captioned(images, ids, segments).text[segments.last_rows()])
+
+
+class Uncached:
+    """A `Decoder` that runs the model's own forward over the whole text for every word."""
+
+    max_positions, vocab_size = 64, VOCAB
+
+    def __init__(self, model):
+        self.model = model
+
+    def start(self, images, prompts, copies, steps):
+        self.images = images.repeat_interleave(copies, 0)
+        self.about = [i for i in range(len(images)) for _ in range(copies)]
+        parts = prompts.token_ids.split(list(prompts.segments.lengths))
+        self.texts = [parts[i].tolist() for i in self.about]
+        self.logits = self._next()
+        return self
+
+    def step(self, token_ids):
+        for text, word in zip(self.texts, token_ids.tolist(), strict=True):
+            text.append(word)
+        return self._next()
+
+    def reorder(self, index):
+        self.texts = [list(self.texts[i]) for i in index.tolist()]
+
+    def _next(self):
+        return _next_logits(self.model, self.images, self.texts, self.about)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,10 +179,10 @@ def test_steps_equal_full_forwards(name, copies):
     generator = torch.Generator().manual_seed(1)
     for prompts in ([[START], [START], [START]], [[START, 9, 8], [START], [START, 7, 6, 5, 4]]):
         texts = [list(prompt) for prompt in prompts for _ in range(copies)]
-        writing = _decoder(model).start(images, Texts(*_pack(prompts)), copies, 6)
-        logits = writing.logits
+        writing = _decoder(model, range(3)).start(images, Texts(*_pack(prompts)), copies, 6)
+        logits, about = writing.logits, [i for i in range(3) for _ in range(copies)]
         for step in range(6):
-            expected = _next_logits(model, images.repeat_interleave(copies, 0), texts)
+            expected = _next_logits(model, images[about], texts, about)
             torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
             if step % 2:
                 # within each image: parents in any order, some twice
@@ -124,14 +196,37 @@ def test_steps_equal_full_forwards(name, copies):
             logits = writing.step(words)
 
 
-@pytest.mark.parametrize("name", ["blip", "coca", "beit3"])
+SEARCHES = {
+    "greedy": {"repetition_penalty": 1.2},
+    "beams": {"num_beams": 3, "num_captions": 2},
+    "long beams": {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0, "min_length": 6},
+    "draws": {"sample": True, "num_captions": 3, "top_p": 0.9, "temperature": 1.3},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_every_search_writes_what_it_writes_without_a_cache(name, search):
+    model, images = _model(name, torch.float64), _images(2, torch.float64)
+    options = {**SEARCHES[search], "prompts": [[11], [12, 13]], "max_length": 10}
+
+    def write(writer, **more):
+        drawing = {"generator": torch.Generator().manual_seed(3)} if search == "draws" else {}
+        return generate(writer, images, **options, **more, **drawing)
+
+    found, expected = write(model, **_ids(model, range(2))), write(Uncached(model), eos_id=EOS, start_id=START)
+    assert found.lists() == expected.lists()
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("name", ["blip", "blip_vqa", "coca", "coca_experts", "coca_palm", "beit3"])
 def test_beams_share_their_image(name, monkeypatch):
     """Keys and values of images are as many for ten beams as for one; only the texts' slots grow."""
     model, images, prompts = _model(name), _images(2), Texts(*_pack([[START]] * 2))
     held = {}
     with torch.no_grad():
         for copies in (1, 10):
-            writing = _decoder(model).start(images, prompts, copies, 5)
+            writing = _decoder(model, range(2)).start(images, prompts, copies, 5)
             cache, contexts = writing._cache, getattr(writing, "_contexts", {})
             held[copies] = cache.shared_rows + sum(len(k) for k, _ in contexts.values())
             for buffer in cache._buffers.values():
@@ -148,9 +243,9 @@ def test_beams_share_their_image(name, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_weights_write_the_same(name):
     model, images = _model(name), _images(3)
-    expected = generate(model, images, **_ids(model), num_beams=3, max_length=9)
+    expected = generate(model, images, **_ids(model, range(3)), num_beams=3, max_length=9)
     with packed_weights(model):
-        found = generate(model, images, **_ids(model), num_beams=3, max_length=9)
+        found = generate(model, images, **_ids(model, range(3)), num_beams=3, max_length=9)
     assert torch.equal(found.token_ids, expected.token_ids)
     torch.testing.assert_close(found.scores, expected.scores)
 
@@ -162,9 +257,14 @@ def test_packed_weights_write_the_same(name):
 def test_a_batch_writes_what_each_image_writes_alone(name, options):
     model, images = _model(name), _images(4)
     prompts = [[11], [12, 13, 14], [], [15, 16]]
-    options = {**options, **_ids(model), "max_length": 14, "repetition_penalty": 1.1, "min_length": 4}
-    together = generate(model, images, prompts=prompts, **options)
-    alone = [generate(model, images[i : i + 1], prompts=prompts[i : i + 1], **options) for i in range(4)]
+    options = {**options, "max_length": 14, "repetition_penalty": 1.1, "min_length": 4}
+
+    def write(which):
+        chosen = [prompts[i] for i in which]
+        return generate(model, images[list(which)], prompts=chosen, **_ids(model, which), **options)
+
+    together = write(range(4))
+    alone = [write([i]) for i in range(4)]
     assert together.lists() == [text for one in alone for text in one.lists()]
     torch.testing.assert_close(together.scores, torch.cat([one.scores for one in alone]), rtol=1e-4, atol=1e-4)
     for text, prompt in zip(together.lists(), prompts, strict=True):
@@ -173,7 +273,7 @@ def test_a_batch_writes_what_each_image_writes_alone(name, options):
         assert EOS not in text[:-1]
 
 
-@pytest.mark.parametrize("name", ["blip", "coca", "open_clip_coca", "beit3"])
+@pytest.mark.parametrize("name", ["blip", "blip_vqa", "coca", "coca_experts", "coca_palm", "open_clip_coca", "beit3"])
 @torch.no_grad()
 def test_bfloat16_steps_stay_near_float32(name):
     """As near as the model's own forward in bfloat16, which rounds as often."""
@@ -181,12 +281,12 @@ def test_bfloat16_steps_stay_near_float32(name):
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, images = _model(name, scale=1.5).to(dtype), _images(3, dtype)
-        writing = _decoder(model).start(images, Texts(*_pack([[START], [START, 9], [START]])), 1, 4)
+        writing = _decoder(model, range(3)).start(images, Texts(*_pack([[START], [START, 9], [START]])), 1, 4)
         steps = [writing.logits, *(writing.step(word) for word in words)]
         assert all(step.dtype == dtype for step in steps)
         logits[dtype] = torch.stack(steps).float()
         texts = [[*prompt, *words[:, i].tolist()] for i, prompt in enumerate(([START], [START, 9], [START]))]
-        logits[dtype, "forward"] = _next_logits(model, images, texts).float()
+        logits[dtype, "forward"] = _next_logits(model, images, texts, range(3)).float()
     bound = 2 * (logits[torch.bfloat16, "forward"] - logits[torch.float32, "forward"]).abs().max()
     assert (logits[torch.bfloat16] - logits[torch.float32]).abs().max() <= bound
 
@@ -202,7 +302,7 @@ def test_n_best_are_sorted_and_different():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["blip", "coca", "beit3"])
+@pytest.mark.parametrize("name", ["blip", "blip_vqa", "coca", "coca_palm", "beit3"])
 def test_scores_are_log_probabilities_of_the_new_words(name):
     model, images = _model(name, torch.float64), _images(2, torch.float64)
     for options, power in (
@@ -210,11 +310,11 @@ def test_scores_are_log_probabilities_of_the_new_words(name):
         ({"num_beams": 3, "length_penalty": 0.7}, 0.7),
         ({"sample": True, "temperature": 0.5}, 0.0),
     ):
-        found = generate(model, images, **_ids(model), prompts=[[9], [8, 7]], max_length=9, **options)
+        found = generate(model, images, **_ids(model, range(2)), prompts=[[9], [8, 7]], max_length=9, **options)
         for i, (text, start) in enumerate(zip(found.lists(), (2, 3), strict=True)):
             total = 0.0
             for end in range(start, len(text)):
-                logits = _next_logits(model, images[i : i + 1], [text[:end]])[0] / options.get("temperature", 1.0)
+                logits = _next_logits(model, images[i : i + 1], [text[:end]], [i])[0] / options.get("temperature", 1.0)
                 total += float(logits.log_softmax(-1)[text[end]])
             assert float(found.scores[i]) == pytest.approx(total / (len(text) - start) ** power, rel=1e-4)
 
@@ -232,7 +332,7 @@ def test_the_same_generator_gives_the_same_captions():
 
     def draws(seed, **options):
         generator = torch.Generator().manual_seed(seed)
-        options = {**_ids(model), "sample": True, "num_captions": 4, "generator": generator, **options}
+        options = {**_ids(model, range(3)), "sample": True, "num_captions": 4, "generator": generator, **options}
         return generate(model, images, **options).lists()
 
     for options in ({}, {"top_p": 0.9}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8, "temperature": 1.5}):
@@ -334,6 +434,104 @@ def test_ranking_equals_one_caption_after_another(kind):
         assert mine == sorted(mine, key=lambda n: -float(found.scores[n]))
 
 
+def test_questions_about_one_image_encode_it_once():
+    model, images = _model("blip_vqa", torch.float64), _images(2, torch.float64)
+    texts = [[4, 20, 21, EOS], [4, 30, EOS], [4, 40, 41, 42, 43, EOS]]
+    questions = Questions(*_pack(texts), [1, 0, 1])
+    encoded = []
+    model.image_encoder.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    for options in ({}, {"num_beams": 3, "num_captions": 2}):
+        options = {**options, "eos_id": EOS, "max_length": 8}
+        found = generate(model, images, questions=questions, **options)
+        assert encoded == [2]
+        assert found.images == [i for i in range(3) for _ in range(options.get("num_captions", 1))]
+        alone = []
+        for text, i in zip(texts, [1, 0, 1], strict=True):
+            alone += generate(model, images[i : i + 1], questions=Questions(*_pack([text])), **options).lists()
+        assert found.lists() == alone
+        encoded.clear()
+
+
+ANSWERS = [
+    [START, 9, EOS],
+    [START, 33, EOS],
+    [START, 70, EOS],
+    [START, 7, EOS],
+    [START, 7, 8, 9, EOS],
+    [START, 50, 51, EOS],
+    [START, EOS],
+    [START, 60, 8, 61, 62, 63, EOS],
+]
+
+
+def _likelihood(model, image, question, answer):
+    """The sum of log probabilities of the words after the first, one forward for each."""
+    ids, segments = _pack([question])
+    context = model.encode_questions(ids, segments, model.encode_image(image), [0])
+    total = 0.0
+    for end in range(1, len(answer)):
+        part, own = _pack([answer[:end]])
+        (rows,) = model.text_tower([model.answer_pass(part, own, [0])], context, segments)
+        total += float(model.word_logits(rows)[-1].log_softmax(-1)[answer[end]])
+    return total
+
+
+@torch.no_grad()
+def test_answers_are_ranked_by_their_likelihood():
+    model, images = _model("blip_vqa", torch.float64, scale=10.0), _images(2, torch.float64)
+    texts, about = [[4, 20, 21, EOS], [4, 30, EOS], [4, 40, 41, 42, 43, EOS]], [1, 0, 1]
+    questions = Questions(*_pack(texts), about)
+    found = rank_answers(model, images, questions, *_pack(ANSWERS))
+    expected = torch.tensor(
+        [
+            [_likelihood(model, images[i : i + 1], text, answer) for answer in ANSWERS]
+            for text, i in zip(texts, about, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(found.scores, expected)
+    assert torch.equal(found.order, expected.argsort(dim=1, descending=True))
+    assert len({tuple(order) for order in found.order.tolist()}) > 1, "the weights of this test should make orders differ"
+    smoothed = rank_answers(model, images, questions, *_pack(ANSWERS), label_smoothing=0.1)
+    assert (smoothed.scores - found.scores).abs().min() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 2, 4, 9])
+def test_answers_kept_are_those_with_the_most_probable_first_words(keep):
+    model, images = _model("blip_vqa", torch.float64), _images(2, torch.float64)
+    questions = _questions(range(2))
+    everything = rank_answers(model, images, questions, *_pack(ANSWERS))
+    found = rank_answers(model, images, questions, *_pack(ANSWERS), keep=keep)
+    first = _next_logits(model, images, [[START]] * 2, range(2))
+    for i in range(2):
+        likely = sorted(range(len(ANSWERS)), key=lambda n: -float(first[i, ANSWERS[n][1]]))[:keep]
+        assert set(found.order[i].tolist()) == set(likely)
+        assert found.order[i].tolist() == [n for n in everything.order[i].tolist() if n in likely]
+        torch.testing.assert_close(found.scores[i, likely], everything.scores[i, likely])
+        assert all(found.scores[i, n] == -float("inf") for n in range(len(ANSWERS)) if n not in likely)
+
+
+def test_no_question_gives_no_answer():
+    model, questions = _model("blip_vqa"), Questions(*_pack([]), [])
+    questions = questions._replace(token_ids=questions.token_ids.long())
+    assert generate(model, _images(2), eos_id=EOS, questions=questions).lists() == []
+    assert rank_answers(model, _images(2), questions, *_pack(ANSWERS)).scores.shape == (0, len(ANSWERS))
+    none = rank_answers(model, _images(2), _questions(range(2)), torch.zeros(0, dtype=torch.long), Segments([]))
+    assert none.order.shape == (2, 0)
+
+
+def test_palm_writes_as_far_as_it_is_told():
+    """Rotary positions have no last, whatever the captions it was trained on; tokens may be given in place of images."""
+    model = _model("coca_palm")
+    assert len(generate(model, _images(1), eos_id=EOS, start_id=START, min_length=200, max_length=200).token_ids) == 200
+    given = _coca_palm(image_encoder="given").eval()
+    given.load_state_dict({name: x for name, x in model.state_dict().items() if name in given.state_dict()})
+    tokens = model.image_encoder.encoder(_images(2)).unflatten(0, (2, -1))
+    options = {"eos_id": EOS, "start_id": START, "num_beams": 2, "max_length": 9}
+    assert generate(given, tokens, **options).lists() == generate(model, _images(2), **options).lists()
+
+
 def test_generated_captions_can_be_ranked():
     model, images = _model("blip"), _images(2)
     found = generate(model, images, eos_id=EOS, sample=True, num_captions=3, max_length=8)
@@ -428,6 +626,13 @@ WRONG = [
     ("blip", {"prompts": [[5], [97]]}, r"prompts\[1\] holds 97"),
     ("blip", {"mask_id": 3}, "mask_id is BEiT-3's; received 3 for Blip"),
     ("coca", {}, "start_id must be given for Coca"),
+    ("blip", {"questions": _questions(range(2))}, "questions are BlipVqa's; received some for Blip"),
+    ("blip_vqa", {}, "questions must be given for BlipVqa"),
+    ("blip_vqa", {"questions": _questions(range(3))}, "every question needs an image.*received 3 questions and 2 images for them"),
+    ("blip_vqa", {"questions": _questions(range(1))._replace(images=[2])}, "about one of the 2 images; received image 2"),
+    ("blip_vqa", {"questions": _questions(range(2)), "prompts": [[5]]}, "prompts must have one list per"),
+    ("coca_palm", {}, "start_id must be given for CocaPalm"),
+    ("coca_experts", {}, "start_id must be given for CocaExperts"),
     ("beit3", {"start_id": START}, "mask_id must be given for Beit3Captioner"),
 ]  # fmt: skip
 
@@ -450,3 +655,10 @@ def test_models_that_cannot_write_get_sentences():
         rank_captions(model, _images(2), ids, segments, [0, 1])
     with pytest.raises(ValueError, match="eval mode"):
         rank_captions(model.train(), _images(1), ids, segments)
+    vqa, questions = _model("blip_vqa"), _questions(range(1))
+    with pytest.raises(ValueError, match="keep must be at least 1; received 0"):
+        rank_answers(vqa, _images(1), questions, ids, segments, keep=0)
+    with pytest.raises(ValueError, match="answers need a word after their first token; received one of 1 tokens"):
+        rank_answers(vqa, _images(1), questions, *_pack([[1, 2], [1]]))
+    with pytest.raises(ValueError, match="call vqa.eval"):
+        rank_answers(vqa.train(), _images(1), questions, ids, segments)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from vlp_fast.generation import generate, rank_captions
+from vlp_fast.generation import Questions, generate, rank_answers, rank_captions
 from vlp_fast.models.checkpoints import hf_blip
 from vlp_fast.segments import Segments
 
@@ -19,12 +19,12 @@ def transformers(torchvision_ops):
     return pytest.importorskip("transformers")
 
 
-def _config(transformers):
+def _config(transformers, **text):
     return transformers.BlipConfig(
         text_config={
             "vocab_size": VOCAB, "hidden_size": 32, "encoder_hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2, "max_position_embeddings": 40, "bos_token_id": BOS, "sep_token_id": SEP, "eos_token_id": 2,
-            "pad_token_id": 0, "is_decoder": True,
+            "pad_token_id": 0, "is_decoder": True, **text,
         },
         vision_config={
             "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": IMAGE,
@@ -57,6 +57,18 @@ def captioners(transformers):
     return made
 
 
+@pytest.fixture(scope="module")
+def answerers(transformers):
+    """(theirs, ours) of question answering, in fp64. Both towers of theirs read rows as wide as images."""
+    made = []
+    for seed, end in ((0, 6.0), (1, 8.0)):
+        torch.manual_seed(seed + 7)
+        theirs = _spread(transformers.BlipForQuestionAnswering(_config(transformers, hidden_size=48)), seed, end)
+        ours = hf_blip.QUESTION_ANSWERING.load(theirs.state_dict(), enc_id=ENC, **hf_blip.fields(theirs.config.to_dict()))
+        made.append((theirs.double(), ours.double().eval()))
+    return made
+
+
 def _images(n, seed=0):
     return torch.randn(n, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))
 
@@ -64,15 +76,11 @@ def _images(n, seed=0):
 def _theirs(model, images, prompts, **options):
     """Their tokens with padding cut off, and their scores."""
     ids = None if prompts is None else torch.tensor([[1, *p, 1] for p in prompts])
-    copies = options.pop("num_captions", 1)
-    out = model.generate(
-        pixel_values=images,
-        input_ids=ids,
-        num_return_sequences=copies,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options,
-    )
+    return _written(model.generate, pixel_values=images, input_ids=ids, **options)
+
+
+def _written(write, *, num_captions=1, **options):
+    out = write(num_return_sequences=num_captions, return_dict_in_generate=True, output_scores=True, **options)
     texts = []
     for row in out.sequences.tolist():
         texts.append(row[: row.index(SEP) + 1] if SEP in row else row)
@@ -140,6 +148,84 @@ def test_prompts_of_different_lengths_give_what_transformers_gives_for_each(capt
         ]
         found = generate(ours, images, eos_id=SEP, prompts=prompts, max_length=20, min_length=8, **options)
         assert found.lists() == alone
+
+
+def _questions(lengths, seed=5):
+    """Token ids of each question, which begins with [ENC], as transformers must be told."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[ENC, *torch.randint(4, BOS, (n - 1,), generator=generator).tolist()] for n in lengths]
+
+
+def _packed(texts, images=None):
+    return Questions(torch.tensor([word for text in texts for word in text]), Segments([len(text) for text in texts]), images)
+
+
+def _their_answers_to_padded(model, images, questions, **options):
+    """Their `generate` on a padded batch. It lets answers read padding: a hook gives cross-attention the mask it lacks."""
+    longest = max(len(text) for text in questions)
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in questions])
+    mask = torch.arange(longest) < torch.tensor([[len(text)] for text in questions])
+    hidden = torch.zeros(len(ids), 1, 1, longest).masked_fill(~mask[:, None, None], -1e9)
+
+    def with_mask(module, args, kwargs):
+        return args, {**kwargs, "encoder_attention_mask": hidden.repeat_interleave(len(args[0]) // len(hidden), 0)}
+
+    layers = model.text_decoder.bert.encoder.layer
+    hooks = [layer.crossattention.self.register_forward_pre_hook(with_mask, with_kwargs=True) for layer in layers]
+    try:
+        return _written(model.generate, input_ids=ids, attention_mask=mask.long(), pixel_values=images, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+ANSWERS = [
+    {},
+    {"repetition_penalty": 1.3, "min_length": 6},
+    {"num_beams": 3},
+    {"num_beams": 3, "length_penalty": -1.0},
+    {"num_beams": 4, "num_captions": 3, "early_stopping": True},
+    {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.5, "min_length": 4},
+]
+
+
+@pytest.mark.parametrize("options", ANSWERS, ids=_name)
+def test_answers_are_the_tokens_of_transformers(answerers, options):
+    written = set()
+    for (theirs, ours), max_length in itertools.product(answerers, (10, 24)):
+        images, given = _images(4, max_length).double(), {**options, "max_length": max_length}
+        for lengths in ((6, 6, 6, 6), (3, 9, 2, 5)):
+            questions = _questions(lengths)
+            found = generate(ours, images, eos_id=SEP, questions=_packed(questions), **given)
+            if len(set(lengths)) == 1:
+                expected, scores = _written(theirs.generate, input_ids=torch.tensor(questions), pixel_values=images, **given)
+            else:
+                expected, scores = _their_answers_to_padded(theirs, images, questions, **given)
+                alone = [
+                    _written(theirs.generate, input_ids=torch.tensor([text]), pixel_values=images[[i]], **given)[0]
+                    for i, text in enumerate(questions)
+                ]
+                assert [text for texts in alone for text in texts] == expected
+            assert found.lists() == expected
+            if scores is not None:
+                torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-4)
+            written |= {tuple(text) for text in expected}
+    assert len({len(text) for text in written}) > 2, "the weights of this test should make answers of several lengths"
+
+
+def test_rank_answers_gives_the_losses_of_transformers(transformers):
+    theirs = _spread(transformers.BlipForQuestionAnswering(_config(transformers, hidden_size=48, label_smoothing=0.1)), 3, None)
+    ours = hf_blip.QUESTION_ANSWERING.load(theirs.state_dict(), enc_id=ENC, **hf_blip.fields(theirs.config.to_dict())).eval()
+    images, questions = _images(2), _questions((4, 7, 3))
+    answers = [[BOS, *words, SEP] for words in ([5], [6, 7, 8], [9, 10], [], [11, 12, 13, 14])]
+    of = [1, 0, 1]
+    found = rank_answers(ours, images, _packed(questions, of), *_packed(answers)[:2], label_smoothing=0.1)
+    with torch.no_grad():
+        for i, (question, image) in enumerate(zip(questions, of, strict=True)):
+            for j, answer in enumerate(answers):
+                words = torch.tensor([answer])
+                out = theirs(torch.tensor([question]), images[[image]], decoder_input_ids=words, labels=words)
+                assert float(found.scores[i, j]) == pytest.approx(-float(out.loss) * (len(answer) - 1), rel=1e-4)
 
 
 def test_filters_keep_the_words_that_transformers_keeps(transformers):

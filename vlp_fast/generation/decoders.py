@@ -1,4 +1,4 @@
-"""How each model writes a text word by word: what a search asks of it, and the steps of BLIP, CoCa and BEiT-3.
+"""How each model writes a text word by word: what a search asks of it, and the steps of BLIP, the CoCas and BEiT-3.
 
 A search (`vlp_fast.generation.search`) knows `Decoder` and `Writing` only. A decoder runs the prompts of all images as one packed,
 causal forward, and after that one row per text and step (BEiT-3: two), whose keys and values stay in a `TextCache`.
@@ -6,7 +6,7 @@ causal forward, and after that one row per text and step (BEiT-3: two), whose ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,14 +17,27 @@ from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.generation.cache import TextCache, cached_dtype
 from vlp_fast.models.beit3 import Beit3Layer, Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
-from vlp_fast.models.blip import Blip, BlipCaptioner
+from vlp_fast.models.blip import Blip, BlipCaptioner, ImageRows
+from vlp_fast.models.blip_tasks import BlipVqa
 from vlp_fast.models.coca import Coca
+from vlp_fast.models.coca_experts import CocaExpertLayer, CocaExperts
 from vlp_fast.models.coca_open_clip import CrossBlock, OpenClipCoca
-from vlp_fast.modules import CrossAttention, PostNormBlock, PreNormBlock
-from vlp_fast.ops import attention, attention_only, decode_attention
+from vlp_fast.models.coca_palm import CocaPalm
+from vlp_fast.modules import CrossAttention, PostNormBlock, PreNormBlock, rotary_table
+from vlp_fast.ops import attention, attention_only, decode_attention, linear
 from vlp_fast.segments import Segments
 
-__all__ = ["Beit3Decoder", "BlipDecoder", "CocaDecoder", "Decoder", "Texts", "Writing"]
+__all__ = [
+    "Beit3Decoder",
+    "BlipAnswerDecoder",
+    "BlipDecoder",
+    "CocaDecoder",
+    "CocaPalmDecoder",
+    "Decoder",
+    "Questions",
+    "Texts",
+    "Writing",
+]
 
 
 class Texts(NamedTuple):
@@ -32,6 +45,28 @@ class Texts(NamedTuple):
 
     token_ids: Tensor
     segments: Segments
+
+
+class Questions(NamedTuple):
+    """Questions about images. token_ids: int64 ``[rows]``, packed: [CLS] or [ENC], words, [SEP]. segments: their `Segments`.
+    images: the image of each question; None: question i is about image i."""
+
+    token_ids: Tensor
+    segments: Segments
+    images: Sequence[int] | None = None
+
+    def image_of_each(self, images: int) -> list[int]:
+        """Raises ValueError where questions have no image, or another one than those that there are."""
+        chosen = list(range(images)) if self.images is None else [int(i) for i in self.images]
+        if len(chosen) != len(self.segments):
+            raise ValueError(
+                f"every question needs an image, by its place or by `images`; received {len(self.segments)} questions and "
+                f"{len(chosen)} images for them."
+            )
+        for i in chosen:
+            if not 0 <= i < images:
+                raise ValueError(f"questions must be about one of the {images} images; received image {i}.")
+        return chosen
 
 
 class Writing(Protocol):
@@ -59,12 +94,12 @@ class Decoder(Protocol):
         """Encodes images and prompts, once each, to write `copies` texts of up to `steps` further words for each image."""
 
 
-Attend = Callable[[int, int, Tensor], Tensor]  # layer, num_heads, qkv [rows, 3 * dim] -> [rows, dim]
-AttendImage = Callable[[int, Tensor], Tensor]  # layer, q [rows, heads, head_dim] -> [rows, dim]
+Attend = Callable[[int, Tensor, Tensor], Tensor]  # layer, q [rows, heads, head_dim], kv [rows, 2, heads_k, head_dim] -> as q
+AttendImage = Callable[[int, Tensor], Tensor]  # layer, q -> as q
 
 
 class CrossAttendingWriting:
-    """Texts that attend to themselves and, by cross-attention, to their image's keys and values.
+    """Texts that attend to themselves and, by cross-attention, to the keys and values of their image (an answer: its question).
 
     Args:
         rows: what the model does with words: (token ids, positions, own attention, image attention) -> ``[rows, dim]``.
@@ -73,7 +108,7 @@ class CrossAttendingWriting:
 
     def __init__(
         self,
-        decoder: BlipDecoder | CocaDecoder,
+        decoder: BlipDecoder | CocaDecoder | CocaPalmDecoder,
         rows: Callable[[Tensor, Tensor, Attend, AttendImage], Tensor],
         logits: Callable[[Tensor], Tensor],
         contexts: Mapping[int, tuple[Tensor, Tensor]],
@@ -92,15 +127,14 @@ class CrossAttendingWriting:
         # prompts of one length read their images as a step does; others would be copied to a common length
         step = DecodePlan.cross(image_segments.lengths, segments.max_length, image_segments.device) if regular else None
 
-        def attend(layer: int, num_heads: int, qkv: Tensor) -> Tensor:
-            q, k, v, kv = _split(qkv, num_heads)
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             cache.start(layer, kv)
-            return attention(q, k, v, own, backend=backend).flatten(1)
+            return attention(q, kv[:, 0], kv[:, 1], own, backend=backend)
 
         def attend_image(layer: int, q: Tensor) -> Tensor:
             if step is not None:
-                return _decode(q, self._contexts[layer], step, self._backend).flatten(1)
-            return attention(q, *contexts[layer], cross, backend=backend).flatten(1)
+                return _decode(q, self._contexts[layer], step, self._backend)
+            return attention(q, *contexts[layer], cross, backend=backend)
 
         hidden = rows(prompts.token_ids, segments.positions(), attend, attend_image)[segments.last_rows()]
         self.logits = logits(hidden).repeat_interleave(cache.copies, 0)
@@ -113,29 +147,31 @@ class CrossAttendingWriting:
     def reorder(self, index: Tensor) -> None:
         self._cache.reorder(index)
 
-    def _attend(self, layer: int, num_heads: int, qkv: Tensor) -> Tensor:
-        q, _, _, kv = _split(qkv, num_heads)
+    def _attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         self._cache.write(layer, kv)
-        return _decode(q, self._cache.read(layer), self._cache.plans[0], self._backend).flatten(1)
+        return _decode(q, self._cache.read(layer), self._cache.plans[0], self._backend)
 
     def _attend_image(self, layer: int, q: Tensor) -> Tensor:
-        return _decode(q, self._contexts[layer], self._plan, self._backend).flatten(1)
+        return _decode(q, self._contexts[layer], self._plan, self._backend)
 
 
 class BlipDecoder:
     """BLIP's text tower with its decoder's self-attention. A text's first token is [DEC]."""
 
-    def __init__(self, model: Blip | BlipCaptioner) -> None:
+    def __init__(self, model: Blip | BlipCaptioner | BlipVqa) -> None:
         self.model = model
         self.max_positions, self.vocab_size = model.config.max_positions, model.config.vocab_size
 
     def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
-        model = self.model
-        rows = model.image_encoder(images)
-        segments = model.image_encoder.segments(len(images), rows.device)
+        model, (rows, segments) = self.model, self._context(images)
         contexts = {i: _cross(block).project_context(rows) for i, block in enumerate(model.text_tower.blocks)}
         cache = TextCache(prompts.segments, copies, steps)
         return CrossAttendingWriting(self, self._rows, model.word_logits, contexts, segments, prompts, cache)
+
+    def _context(self, images: Tensor) -> ImageRows:
+        """The rows that texts read, a segment for each prompt."""
+        rows = self.model.image_encoder(images)
+        return ImageRows(rows, self.model.image_encoder.segments(len(images), rows.device))
 
     def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
         tower, expert = self.model.text_tower, self.model.decoder
@@ -144,20 +180,34 @@ class BlipDecoder:
         for layer, block in enumerate(tower.blocks):
             assert isinstance(block, PostNormBlock)
             own = block.attention
-            out = attend(layer, own.num_heads, own.qkv(x, experts))
+            out = attend(layer, *_split(own.qkv(x, experts), own.num_heads)).flatten(1)
             x = block.attention_norm(own.proj(out, experts, x), experts)
             x = block.cross_norm(x + _read(block.cross_attention, layer, x, attend_image))
             x = block.mlp_norm(x + block.mlp(x))
         return x
 
 
-class CocaDecoder:
-    """CoCa's text encoder without its CLS row, which no word reads, and the text decoder over it; the paper's or open_clip's."""
+class BlipAnswerDecoder(BlipDecoder):
+    """BLIP's answer decoder: an answer reads its question's rows, which have read the image. There are as many prompts as questions."""
 
-    def __init__(self, model: Coca | OpenClipCoca) -> None:
+    def __init__(self, model: BlipVqa, questions: Questions) -> None:
+        super().__init__(model)
+        self._vqa, self._questions = model, questions
+
+    def _context(self, images: Tensor) -> ImageRows:
+        token_ids, segments, _ = self._questions
+        about = self._questions.image_of_each(len(images))
+        return ImageRows(self._vqa.encode_questions(token_ids, segments, self._vqa.encode_image(images), about), segments)
+
+
+class CocaDecoder:
+    """CoCa's text encoder without its CLS row, which no word reads, and the text decoder over it: the paper's, with experts of the
+    modalities too, or open_clip's."""
+
+    def __init__(self, model: Coca | CocaExperts | OpenClipCoca) -> None:
         self.model = model
         self.max_positions, self.vocab_size = model.config.context_length, model.config.vocab_size
-        self._first = len(model.text_encoder.blocks)  # layer that reads the image
+        self._first = len(self._encoder_layers())  # layer that reads the image
 
     def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
         model, image = self.model, self.model.encode_image(images)
@@ -171,17 +221,23 @@ class CocaDecoder:
 
     def _readers(self) -> Iterable[nn.Module]:
         """The modules that read the image, one per layer of the text decoder."""
-        model = self.model
-        return model.text_decoder.blocks if isinstance(model, Coca) else model.text_decoder.cross_blocks
+        decoder = self.model.text_decoder
+        return decoder.cross_blocks if isinstance(self.model, OpenClipCoca) else decoder.blocks
+
+    def _encoder_layers(self) -> nn.ModuleList:
+        return self.model.encoder.layers if isinstance(self.model, CocaExperts) else self.model.text_encoder.blocks
 
     def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
-        encoder, decoder = self.model.text_encoder, self.model.text_decoder
-        readers = [*[None] * self._first, *self._readers()]
+        encoder = self.model.encoder if isinstance(self.model, CocaExperts) else self.model.text_encoder
+        decoder, readers = self.model.text_decoder, [*[None] * self._first, *self._readers()]
         x = encoder.word(token_ids) + encoder.position[positions]
-        for layer, (block, reader) in enumerate(zip([*encoder.blocks, *decoder.blocks], readers, strict=True)):
-            assert isinstance(block, PreNormBlock)
-            own = block.attention
-            x = x + own.proj(attend(layer, own.num_heads, own.qkv(block.norm1(x))))
+        for layer, (block, reader) in enumerate(zip([*self._encoder_layers(), *decoder.blocks], readers, strict=True)):
+            assert isinstance(block, CocaExpertLayer | PreNormBlock)
+            own, norm = block.attention, block.attention_norm if isinstance(block, CocaExpertLayer) else block.norm1
+            x = x + own.proj(attend(layer, *_split(own.qkv(norm(x)), own.num_heads)).flatten(1))
+            if isinstance(block, CocaExpertLayer):
+                x = block.feed_forward(x, (0, 0, len(x)))  # no row is an image's
+                continue
             if reader is block:  # the paper's layer reads the image between attention and MLP
                 x = x + _read(block.cross_attention, layer, block.cross_norm(x), attend_image)
             x = x + block.mlp(block.norm2(x))
@@ -189,6 +245,38 @@ class CocaDecoder:
                 x = x + _read(reader.cross_attention, layer, reader.norm1(x), attend_image)
                 x = x + reader.mlp(reader.norm2(x))
         return decoder.norm(x)
+
+
+class CocaPalmDecoder:
+    """CoCa on PaLM's blocks, without its CLS row, which no word reads. Rotary positions have no last: texts may be of any length."""
+
+    max_positions = 2**31 - 1
+
+    def __init__(self, model: CocaPalm) -> None:
+        self.model, self.vocab_size = model, model.config.vocab_size
+
+    def start(self, images: Tensor, prompts: Texts, copies: int, steps: int) -> Writing:
+        model, image = self.model, self.model.encode_image(images)
+        first = len(model.text_encoder.blocks)
+        contexts = {i: block.project_context(image.rows) for i, block in enumerate(model.text_decoder.cross_blocks, first)}
+        cache = TextCache(prompts.segments, copies, steps)
+        return CrossAttendingWriting(self, self._rows, self._words, contexts, image.segments, prompts, cache)
+
+    def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+        encoder, decoder = self.model.text_encoder, self.model.text_decoder
+        x = decoder.words(token_ids)
+        rotary = rotary_table(positions, encoder.head_dim, dtype=x.dtype)
+        readers = [*[None] * len(encoder.blocks), *decoder.cross_blocks]
+        for layer, (block, reader) in enumerate(zip([*encoder.blocks, *decoder.blocks], readers, strict=True)):
+            q, k, v, inner = block.project(x, rotary)
+            x = block.join(x, attend(layer, q, torch.stack([k, v], 1)), inner)
+            if reader is not None:
+                q, inner = reader.project(x)
+                x = reader.join(x, attend_image(layer, q), inner)
+        return decoder.norm(x)
+
+    def _words(self, rows: Tensor) -> Tensor:
+        return linear(rows, self.model.text_decoder.words.weight)
 
 
 class Beit3Decoder:
@@ -226,10 +314,9 @@ class Beit3Writing:
         split = len(image)
         plan = AttentionPlan.prefix_causal([shared] * len(images), masked.lengths, image.device)
 
-        def attend(layer: int, num_heads: int, qkv: Tensor) -> Tensor:
-            q, k, v, kv = _split(qkv, num_heads)
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             cache.start(layer, kv[split:][words], kv[:split])
-            return attention(q, k, v, plan, backend=model.config.backend).flatten(1)
+            return attention(q, kv[:, 0], kv[:, 1], plan, backend=model.config.backend)
 
         x = self._rows(torch.cat([image, model.embed_text(token_ids, masked)]), split, attend)
         self.logits = model.word_head(x[split:][masked.last_rows()]).repeat_interleave(copies, 0)
@@ -245,15 +332,14 @@ class Beit3Writing:
     def reorder(self, index: Tensor) -> None:
         self._cache.reorder(index)
 
-    def _attend(self, layer: int, num_heads: int, qkv: Tensor) -> Tensor:
-        cache, (q, _, _, kv) = self._cache, _split(qkv, num_heads)
-        outs = []
+    def _attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        cache, outs = self._cache, []
         # a word must not see the [MASK] behind it: two calls, the second with slots one row longer
         for draft, plan in enumerate(cache.plans):
             rows = slice(draft * cache.rows, (draft + 1) * cache.rows)
             cache.write(layer, kv[rows], draft)
             outs.append(_decode(q[rows], cache.read(layer), plan, self._backend))
-        return torch.cat(outs).flatten(1)
+        return torch.cat(outs)
 
     def _rows(self, x: Tensor, images: int, attend: Attend) -> Tensor:
         """The layers over rows of which the first `images` are of images: for every number of experts, the runs of theirs."""
@@ -262,7 +348,7 @@ class Beit3Writing:
         for layer, block in enumerate(encoder.layers):
             assert isinstance(block, Beit3Layer)
             own, runs = block.attention, experts[block.attention_experts]
-            out = attend(layer, own.num_heads, own.qkv(block.attention_norm(x, runs), runs))
+            out = attend(layer, *_split(own.qkv(block.attention_norm(x, runs), runs), own.num_heads)).flatten(1)
             x = own.proj(out if own.inner_norm is None else own.inner_norm(out, runs), runs, x)
             runs = experts[block.ffn_experts]
             x = block.ffn(block.ffn_norm(x, runs), runs, x)
@@ -291,13 +377,13 @@ def _cross(block: nn.Module) -> CrossAttention:
 
 
 def _read(cross: CrossAttention, layer: int, x: Tensor, attend_image: AttendImage) -> Tensor:
-    return cross.proj(attend_image(layer, cross.query(x).unflatten(1, (cross.num_heads, -1))))
+    return cross.proj(attend_image(layer, cross.query(x).unflatten(1, (cross.num_heads, -1))).flatten(1))
 
 
-def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``[rows, 3 * dim]`` -> q, k, v ``[rows, heads, head_dim]``, and keys and values as one, ``[rows, 2, heads, head_dim]``."""
+def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """``[rows, 3 * dim]`` -> q ``[rows, heads, head_dim]``, and keys and values as one, ``[rows, 2, heads, head_dim]``."""
     parts = qkv.unflatten(1, (3, num_heads, -1))
-    return *parts.unbind(1), parts[:, 1:]
+    return parts[:, 0], parts[:, 1:]
 
 
 def _by_heads(x: Tensor) -> Tensor:

@@ -8,27 +8,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlp_fast.generation.decoders import Beit3Decoder, BlipDecoder, CocaDecoder, Decoder, Texts
+from vlp_fast.generation.decoders import (
+    Beit3Decoder,
+    BlipAnswerDecoder,
+    BlipDecoder,
+    CocaDecoder,
+    CocaPalmDecoder,
+    Decoder,
+    Questions,
+    Texts,
+)
 from vlp_fast.generation.rules import Rules
 from vlp_fast.generation.search import BeamSettings, Found, SampleSettings, search_beams, search_words
 from vlp_fast.models.beit3 import Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
 from vlp_fast.models.blip import Blip, BlipCaptioner
+from vlp_fast.models.blip_tasks import BlipVqa
 from vlp_fast.models.coca import Coca
+from vlp_fast.models.coca_experts import CocaExperts
 from vlp_fast.models.coca_open_clip import OpenClipCoca
+from vlp_fast.models.coca_palm import CocaPalm
 from vlp_fast.segments import Segments
 
 __all__ = ["Captions", "decoder_of", "generate"]
 
 BEIT3 = (Beit3Captioner, Beit3MaskedModel)
+COCA = (Coca, CocaExperts, OpenClipCoca)
 
 
 class Captions(NamedTuple):
-    """Generated texts: those of image 0, best first, then those of image 1.
+    """Generated texts: those of image 0, best first, then those of image 1; answers: those to question 0 first.
 
     Attributes:
         token_ids: int64, packed: start token, prompt, new words, and the end token where it was reached. segments: their `Segments`.
-        images: the image of each text. scores: fp32 ``[texts]``, as `generate` defines them.
+        images: the image of each text; of an answer, its question. scores: fp32 ``[texts]``, as `generate` defines them.
     """
 
     token_ids: Tensor
@@ -49,6 +62,7 @@ def generate(
     eos_id: int,
     start_id: int | None = None,
     mask_id: int | None = None,
+    questions: Questions | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     max_length: int = 20,
     min_length: int = 0,
@@ -63,16 +77,20 @@ def generate(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Captions:
-    """Writes captions: the most probable word after another, by beams, or drawn at random.
+    """Writes captions, or answers to questions: the most probable word after another, by beams, or drawn at random.
 
     The tokens are those of Hugging Face's ``generate`` with the same weights and the options of the same names, for greedy and beam search.
     An image is encoded once, and its keys and values are made once per layer for all its beams or captions. Images do not see each other:
-    greedy and beam search write for a batch what they write for each image alone.
+    greedy and beam search write for a batch what they write for each image alone. (In a batch of padded questions transformers and BLIP's
+    code let answers read the padding; here there is none, and answers are those they give to each question alone.)
 
     Args:
-        model: `Blip`, `BlipCaptioner`, `Coca`, `OpenClipCoca`, `Beit3Captioner` or `Beit3MaskedModel`, in eval mode; or a `Decoder`.
+        model: `Blip`, `BlipCaptioner`, `BlipVqa`, `Coca`, `CocaExperts`, `CocaPalm`, `OpenClipCoca`, `Beit3Captioner` or
+            `Beit3MaskedModel`, in eval mode; or a `Decoder`.
         images: ``[batch, 3, image_size, image_size]``.
         eos_id: the word that ends a caption. start_id: the first token; default: BLIP's [DEC]. mask_id: BEiT-3's [MASK].
+        questions: what `BlipVqa` answers, in as many texts; several may be about one image. Below, a caption is then an answer, and
+            "per image" means per question.
         prompts: words that each caption begins with, after the start token, one list per image; they may differ in length. (The lists
             that differ cost more: their caches are not regular.) Default: none.
         max_length, min_length: tokens of a caption, with start token, prompt and end token; before `min_length` it does not end.
@@ -96,27 +114,28 @@ def generate(
     Memory: keys and values of every image once, and of every text; on a CPU those of 16-bit models are kept in fp32, which is faster there.
     Waiting for the device: once a step, to know whether to stop.
     """
-    decoder, first = decoder_of(model, start_id, mask_id)
+    decoder, first = decoder_of(model, start_id, mask_id, questions)
     sampling = temperature != 1.0 or top_k is not None or top_p is not None or generator is not None
     ids = {"eos_id": eos_id, "start_id": first, **({} if mask_id is None else {"mask_id": mask_id})}
     _check_ids(ids, decoder.vocab_size)
     _check_strategy(num_beams, num_captions, sample, sampling, length_penalty, early_stopping, decoder.vocab_size)
     _check_numbers(temperature, top_k, top_p, repetition_penalty)
-    texts = _texts(prompts, first, len(images), decoder.vocab_size, images.device)
+    read = len(images) if questions is None else len(questions.image_of_each(len(images)))  # images or questions
+    texts = _texts(prompts, first, read, decoder.vocab_size, images.device)
     longest = texts.segments.max_length
     if not 0 <= min_length <= max_length <= decoder.max_positions:
         raise ValueError(
             f"min_length must be from 0 to max_length, and max_length at most the model's {decoder.max_positions}; received "
             f"{min_length} and {max_length}."
         )
-    if len(images) == 0:
+    if read == 0:
         return Captions(texts.token_ids, texts.segments, [], torch.zeros(0, device=images.device))
     if longest >= max_length:
         raise ValueError(
             f"max_length must leave room for a word after start token and prompt; received {max_length} for {longest} tokens."
         )
     copies = num_beams if num_beams > 1 else num_captions
-    rows = [i for i in range(len(images)) for _ in range(copies)]
+    rows = [i for i in range(read) for _ in range(copies)]
     lengths = [texts.segments.lengths[i] for i in rows]
     limits = [max_length - n for n in lengths]
     rules = Rules(_padded(texts, rows, first), [max(min_length - n, 0) for n in lengths], eos_id, repetition_penalty)
@@ -130,7 +149,9 @@ def generate(
     return _captions(texts, found, num_captions)
 
 
-def decoder_of(model: nn.Module | Decoder, start_id: int | None, mask_id: int | None) -> tuple[Decoder, int]:
+def decoder_of(
+    model: nn.Module | Decoder, start_id: int | None, mask_id: int | None, questions: Questions | None = None
+) -> tuple[Decoder, int]:
     """The decoder of a model, and the token that its texts start with.
 
     Raises:
@@ -141,14 +162,22 @@ def decoder_of(model: nn.Module | Decoder, start_id: int | None, mask_id: int | 
     name = type(model).__name__
     if mask_id is not None and not isinstance(model, BEIT3):
         raise ValueError(f"mask_id is BEiT-3's; received {mask_id} for {name}.")
+    if (questions is None) == isinstance(model, BlipVqa):
+        need = "must be given for" if questions is None else "are BlipVqa's; received some for"
+        raise ValueError(f"questions {need} {name}.")
     if isinstance(model, Blip | BlipCaptioner):
         return BlipDecoder(model), model.config.dec_id if start_id is None else start_id
-    if isinstance(model, nn.Module) and not isinstance(model, (Coca, OpenClipCoca, *BEIT3)):
+    if isinstance(model, BlipVqa):
+        assert questions is not None
+        return BlipAnswerDecoder(model, questions), model.config.dec_id if start_id is None else start_id
+    if isinstance(model, nn.Module) and not isinstance(model, (CocaPalm, *COCA, *BEIT3)):
         raise TypeError(f"model must be a BLIP, CoCa or BEiT-3 that can write, or a Decoder; received {name}.")
     if start_id is None:
         raise ValueError(f"start_id must be given for {name}: its configuration names no first token.")
-    if isinstance(model, Coca | OpenClipCoca):
+    if isinstance(model, COCA):
         return CocaDecoder(model), start_id
+    if isinstance(model, CocaPalm):
+        return CocaPalmDecoder(model), start_id
     if isinstance(model, BEIT3):
         if mask_id is None:
             raise ValueError(f"mask_id must be given for {name}: the next word is read in a [MASK].")

@@ -33,7 +33,7 @@ from vlp_fast.modules import (
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
-__all__ = ["CocaExperts"]
+__all__ = ["CocaExpertLayer", "CocaExperts"]
 
 
 class CocaExpertLayer(nn.Module):
@@ -52,7 +52,10 @@ class CocaExpertLayer(nn.Module):
         self.fc2 = MultiwayLinear(config.hidden_dim, dim, backend=backend)
 
     def forward(self, x: Tensor, plan: AttentionPlan, expert_offsets: Sequence[int]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), plan)
+        return self.feed_forward(x + self.attention(self.attention_norm(x), plan), expert_offsets)
+
+    def feed_forward(self, x: Tensor, expert_offsets: Sequence[int]) -> Tensor:
+        """The layer's second half: each row with the weights of its modality."""
         return self.fc2(self.fc1(self.ffn_norm(x, expert_offsets), expert_offsets), expert_offsets, x)
 
 
@@ -117,7 +120,7 @@ class CocaExpertEncoder(CocaWords):
 class CocaExperts(CocaTowers):
     """CoCa for ``CocaConfig(experts=True)``. `encode` runs images and captions in one forward; `CocaPretraining` trains it.
 
-    Both feed-forwards have ``hidden_dim``. It writes no captions in `vlp_fast.generation`, which knows `Coca`.
+    Both feed-forwards have ``hidden_dim``.
     """
 
     def __init__(self, config: CocaConfig) -> None:

@@ -84,11 +84,20 @@ class ParallelBlock(nn.Module):
         self.fc2 = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v, inner = self.project(x, rotary)
+        return self.join(x, attention(q, k, v, plan, backend=self.backend), inner)
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first half of the block: turned queries ``[rows, num_heads, head_dim]``, the turned key and the value ``[rows, 1,
+        head_dim]``, and the SwiGLU's inner rows."""
         n = self.num_heads
         heads, inner = self.fused(self.norm(x)).split([(n + 2) * self.head_dim, 2 * self.hidden_dim], 1)
         heads = heads.unflatten(1, (n + 2, self.head_dim))
         turned = rotate(heads[:, : n + 1], *rotary)  # the key beside the queries: one pass over both
-        out = attention(turned[:, :n], turned[:, n:], heads[:, n + 1 :], plan, backend=self.backend)
+        return turned[:, :n], turned[:, n:], heads[:, n + 1 :], inner
+
+    def join(self, x: Tensor, out: Tensor, inner: Tensor) -> Tensor:
+        """The second half: rows, what attention read for them ``[rows, num_heads, head_dim]``, inner rows -> ``[rows, dim]``."""
         return x + self.proj(out.flatten(1)) + self.fc2(swiglu(inner))
 
 
@@ -115,9 +124,21 @@ class ParallelCrossBlock(nn.Module):
         self.fc2 = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor, context: Tensor, plan: AttentionPlan) -> Tensor:
+        q, inner = self.project(x)
+        return self.join(x, attention(q, *self.project_context(context), plan, backend=self.backend), inner)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first half of the block: queries ``[rows, num_heads, head_dim]`` and the SwiGLU's inner rows."""
         q, inner = self.fused(self.norm(x)).split([self.num_heads * self.head_dim, 2 * self.hidden_dim], 1)
+        return q.unflatten(1, (self.num_heads, self.head_dim)), inner
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The key and the value of context rows, ``[context_rows, 1, head_dim]`` each."""
         k, v = self.key_value(context).unflatten(1, (2, 1, self.head_dim)).unbind(1)
-        out = attention(q.unflatten(1, (self.num_heads, self.head_dim)), k, v, plan, backend=self.backend)
+        return k, v
+
+    def join(self, x: Tensor, out: Tensor, inner: Tensor) -> Tensor:
+        """The second half, as in `ParallelBlock`."""
         return x + self.proj(out.flatten(1)) + self.fc2(swiglu(inner))
 
 
