@@ -23,15 +23,20 @@ OLDEST := $(abspath $(VENV))/triton-$(OLDEST_TRITON)
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test bench compile-gate dev lint clean
+.PHONY: help test test-all bench compile-gate dev lint clean
 
 help:  ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # one thread per process, because threads of several processes on the same cores wait for each other; tests that share an
 # expensive fixture stay in one process by the mark xdist_group
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
+
 test: $(STAMP)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(PYTEST) -m "not heavy" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## Run the tests, and published models in many more sizes
+	$(PYTEST) $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## Measure the three models on this machine; writes bench-out/
 	$(BIN)/python benchmarks/run_all.py --out bench-out

@@ -111,6 +111,12 @@ def test_readme_commands_exist_in_the_makefile():
     assert {"test", "bench"} <= named <= makefile_targets()
 
 
+def test_make_test_leaves_out_what_is_heavy_and_test_all_runs_it():
+    recipes = dict(re.findall(r"^(test|test-all):.*\n\t(.*)$", read("Makefile"), re.MULTILINE))
+    assert recipes == {"test": '$(PYTEST) -m "not heavy" $(PYTEST_ARGS)', "test-all": "$(PYTEST) $(PYTEST_ARGS)"}
+    assert '"heavy: ' in read("pyproject.toml")
+
+
 def test_readme_command_lines_have_known_options():
     commands = typer.main.get_command(vlp_fast_cli.app).commands
     lines = re.findall(r"^vlp-fast (\w+)(.*)$", read("README.md"), re.MULTILINE)

@@ -24,7 +24,23 @@ SIZES = {
         "normalize_output": False,
     },
 }  # fmt: skip
+HEAVY_SIZES = {
+    "deep": {"img_size": 24, "patch_size": 8, "encoder_embed_dim": 48, "encoder_attention_heads": 3, "encoder_layers": 8},
+    "two heads of 96": {
+        "img_size": 32, "patch_size": 16, "encoder_embed_dim": 192, "encoder_attention_heads": 2, "encoder_layers": 2,
+    },
+    "base, two layers": {
+        "img_size": 48, "patch_size": 16, "encoder_embed_dim": 768, "encoder_attention_heads": 12, "encoder_layers": 2,
+    },
+    "many patches": {
+        "img_size": 60, "patch_size": 4, "encoder_embed_dim": 32, "encoder_attention_heads": 2, "encoder_layers": 1,
+        "normalize_output": False,
+    },
+}  # fmt: skip
+ALL_SIZES = [*SIZES, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY_SIZES)]
 LENGTHS = {"ragged": [7, 2, 1, 5], "full": [6, 6, 6, 6]}
+HEAVY_LENGTHS = {"long": [18, 1, 18, 9], "words": [1, 1, 1, 1], "one": [5]}
+ALL_LENGTHS = [*LENGTHS, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY_LENGTHS)]
 
 
 class Peer(nn.Module):
@@ -64,6 +80,14 @@ def make_peer(torchvision_ops):
     return Peer
 
 
+def sizes_of(name):
+    return (SIZES | HEAVY_SIZES)[name]
+
+
+def lengths_of(name):
+    return (LENGTHS | HEAVY_LENGTHS)[name]
+
+
 def load(peer, **fields):
     heads = peer.config.encoder_attention_heads
     state = peer.state_dict()
@@ -76,12 +100,12 @@ def format_for(model):
 
 def larger_peer(make_peer, size, img_size):
     """The same weights for images of another size, positions interpolated as unilm's loader does: two rows and the class token stay."""
-    small = make_peer(**SIZES[size])
-    peer = make_peer(**{**SIZES[size], "img_size": img_size})
+    sizes = sizes_of(size)
+    small, peer = make_peer(**sizes), make_peer(**{**sizes, "img_size": img_size})
     state = small.state_dict()
     name = "beit3.encoder.embed_positions.A.weight"
     kept, patches = state[name][:3], state[name][3:]
-    side, new_side = round(len(patches) ** 0.5), img_size // SIZES[size]["patch_size"]
+    side, new_side = round(len(patches) ** 0.5), img_size // sizes["patch_size"]
     image = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     new = F.interpolate(image, size=(new_side, new_side), mode="bicubic", align_corners=False)
     peer.load_state_dict({**state, name: torch.cat([kept, new.permute(0, 2, 3, 1).flatten(0, 2)])})
@@ -136,26 +160,37 @@ def compare_gradients(peer, ours):
         close(gradient, theirs[name], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", ALL_LENGTHS)
 @pytest.mark.parametrize("mode", ["image", "text", "pair"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 def test_beit3_rows_and_gradients_equal_torchscale(make_peer, size, mode, lengths):
-    peer = make_peer(**SIZES[size])
-    compare(peer, load(peer), mode, LENGTHS[lengths], masked=mode == "image" or lengths == "ragged")
+    peer = make_peer(**sizes_of(size))
+    compare(peer, load(peer), mode, lengths_of(lengths), masked=mode == "image" or lengths != "full")
 
 
-@pytest.mark.parametrize(("size", "img_size"), [("square", 48), ("odd", 28)])
+@pytest.mark.parametrize(
+    ("size", "img_size"),
+    [
+        ("square", 48),
+        ("odd", 28),
+        *(pytest.param("square", size, marks=pytest.mark.heavy) for size in (8, 16, 24, 80)),
+        *(pytest.param("odd", size, marks=pytest.mark.heavy) for size in (14, 70)),
+        *(pytest.param("many patches", size, marks=pytest.mark.heavy) for size in (32, 84)),
+        *(pytest.param("base, two layers", size, marks=pytest.mark.heavy) for size in (32, 80)),
+    ],
+)
 def test_beit3_at_another_image_size_equals_torchscale(make_peer, size, img_size):
     small, peer = larger_peer(make_peer, size, img_size)
     compare(peer, load(small, image_size=img_size), "pair", LENGTHS["ragged"], masked=True)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_beit3_captioning_rows_and_gradients_equal_torchscale(make_peer, lengths):
+@pytest.mark.parametrize("lengths", ALL_LENGTHS)
+@pytest.mark.parametrize("size", ["odd", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("square", *HEAVY_SIZES))])
+def test_beit3_captioning_rows_and_gradients_equal_torchscale(make_peer, size, lengths):
     """unilm's mask of captioning: an image sees itself, a word its image and the words up to itself."""
-    peer, lengths = make_peer(**SIZES["odd"]), LENGTHS[lengths]
-    ours = load(peer)
-    images, longest = torch.randn(len(lengths), 3, 42, 42), max(lengths)
+    peer, lengths = make_peer(**sizes_of(size)), lengths_of(lengths)
+    ours, side = load(peer), sizes_of(size)["img_size"]
+    images, longest = torch.randn(len(lengths), 3, side, side), max(lengths)
     valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
     ids, tokens = torch.randint(3, VOCAB, valid.shape).masked_fill(~valid, 1), ours.num_image_tokens
     blocked = torch.ones(tokens + longest, tokens + longest, dtype=torch.long).triu(1)

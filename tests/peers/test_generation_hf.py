@@ -19,16 +19,29 @@ def transformers(torchvision_ops):
     return pytest.importorskip("transformers")
 
 
-def _config(transformers, **text):
+# what differs from the first, in text and vision; the heavy ones run in fp64
+SIZES = {
+    "plain": ({}, {}),
+    "deep": ({"num_hidden_layers": 5}, {"num_hidden_layers": 4}),
+    "heads of 96": ({"hidden_size": 96, "num_attention_heads": 1}, {"hidden_size": 96, "num_attention_heads": 1}),
+    "wide text": ({"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 160}, {"num_hidden_layers": 1}),
+    "larger images": ({}, {}),
+}
+SIDES = {"larger images": 48}  # images for which positions are interpolated
+ALL_SIZES = ["plain", *(pytest.param(size, marks=pytest.mark.heavy) for size in list(SIZES)[1:])]
+
+
+def _config(transformers, size="plain", **more):
+    text, vision = SIZES[size]
     return transformers.BlipConfig(
         text_config={
             "vocab_size": VOCAB, "hidden_size": 32, "encoder_hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2, "max_position_embeddings": 40, "bos_token_id": BOS, "sep_token_id": SEP, "eos_token_id": 2,
-            "pad_token_id": 0, "is_decoder": True, **text,
+            "pad_token_id": 0, "is_decoder": True, **{**text, **more},
         },
         vision_config={
             "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": IMAGE,
-            "patch_size": 8,
+            "patch_size": 8, **vision,
         },
     )  # fmt: skip
 
@@ -45,38 +58,46 @@ def _spread(model, seed, end):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def captioners(transformers):
+def _pair(kind, form, config, size, dtype, seed, end):
+    """(theirs, ours) with the same weights."""
+    torch.manual_seed(seed + 7)  # the first numbers of the model are theirs, and fixtures are made once, at any time
+    theirs = _spread(kind(config), seed, end)
+    fields = {**hf_blip.fields(theirs.config.to_dict()), "enc_id": ENC, "image_size": SIDES.get(size, IMAGE)}
+    return theirs.to(dtype), form.load(theirs.state_dict(), **fields).to(dtype).eval()
+
+
+@pytest.fixture(scope="module", params=ALL_SIZES)
+def captioners(transformers, request):
     """(theirs, ours) three times: texts end early, late or not at all."""
-    made = []
-    for seed, end in ((0, 4.0), (1, 2.0), (2, 7.0)):
-        torch.manual_seed(seed + 7)  # the first numbers of the model are theirs, and this fixture is made once, at any time
-        theirs = _spread(transformers.BlipForConditionalGeneration(_config(transformers)), seed, end)
-        ours = hf_blip.CAPTIONING.load(theirs.state_dict(), enc_id=ENC, **hf_blip.fields(theirs.config.to_dict())).eval()
-        made.append((theirs, ours))
-    return made
+    size, kind = request.param, transformers.BlipForConditionalGeneration
+    dtype = torch.float32 if size == "plain" else torch.float64
+    return [
+        _pair(kind, hf_blip.CAPTIONING, _config(transformers, size), size, dtype, seed, end)
+        for seed, end in ((0, 4.0), (1, 2.0), (2, 7.0))
+    ]
 
 
-@pytest.fixture(scope="module")
-def answerers(transformers):
+@pytest.fixture(scope="module", params=ALL_SIZES)
+def answerers(transformers, request):
     """(theirs, ours) of question answering, in fp64. Both towers of theirs read rows as wide as images."""
-    made = []
-    for seed, end in ((0, 6.0), (1, 8.0)):
-        torch.manual_seed(seed + 7)
-        theirs = _spread(transformers.BlipForQuestionAnswering(_config(transformers, hidden_size=48)), seed, end)
-        ours = hf_blip.QUESTION_ANSWERING.load(theirs.state_dict(), enc_id=ENC, **hf_blip.fields(theirs.config.to_dict()))
-        made.append((theirs.double(), ours.double().eval()))
-    return made
+    size, kind = request.param, transformers.BlipForQuestionAnswering
+    config = _config(transformers, size, hidden_size=SIZES[size][1].get("hidden_size", 48))
+    return [
+        _pair(kind, hf_blip.QUESTION_ANSWERING, config, size, torch.float64, seed, end) for seed, end in ((0, 6.0), (1, 9.0))
+    ]
 
 
-def _images(n, seed=0):
-    return torch.randn(n, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))
+def _images(n, seed=0, model=None):
+    """Of the size and dtype that a model takes."""
+    side = IMAGE if model is None else model.config.image_size
+    images = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return images if model is None else images.to(model.lm_bias.dtype)
 
 
 def _theirs(model, images, prompts, **options):
     """Their tokens with padding cut off, and their scores."""
     ids = None if prompts is None else torch.tensor([[1, *p, 1] for p in prompts])
-    return _written(model.generate, pixel_values=images, input_ids=ids, **options)
+    return _written(model.generate, pixel_values=images, input_ids=ids, interpolate_pos_encoding=True, **options)
 
 
 def _written(write, *, num_captions=1, **options):
@@ -127,18 +148,27 @@ def _name(options):
     return ",".join(f"{k}={v}" for k, v in options.items()) or "plain"
 
 
-@pytest.mark.parametrize("options", [*GREEDY, *BEAMS], ids=_name)
+GRID = [
+    pytest.param(
+        {"num_beams": beams, "length_penalty": penalty, "early_stopping": stopping, "num_captions": beams},
+        marks=pytest.mark.heavy,
+    )
+    for beams, penalty, stopping in itertools.product((2, 5), (-1.0, 0.5, 2.0), (True, False, "never"))
+]
+
+
+@pytest.mark.parametrize("options", [*GREEDY, *BEAMS, *GRID], ids=_name)
 def test_generate_gives_the_tokens_of_transformers(captioners, options):
     lengths = []
     for pair, prompts, max_length in itertools.product(captioners, PROMPTS, (16, 30)):
-        lengths += _compare(pair, _images(4, max_length), prompts, max_length=max_length, **options)
+        lengths += _compare(pair, _images(4, max_length, pair[1]), prompts, max_length=max_length, **options)
     assert len(set(lengths)) > 2, "the weights of this test should make texts of several lengths"
 
 
 def test_prompts_of_different_lengths_give_what_transformers_gives_for_each(captioners):
     """transformers pads ragged prompts on the left and counts the padding as positions: it is right one image at a time only."""
     prompts = [[11], [12, 13, 14, 15], [], [16, 17]]
-    images = _images(4)
+    images = _images(4, 0, captioners[0][1])
     for (theirs, ours), options in itertools.product(
         captioners, ({}, {"num_beams": 3}, {"num_beams": 3, "early_stopping": "never"})
     ):
@@ -160,6 +190,11 @@ def _packed(texts, images=None):
     return Questions(torch.tensor([word for text in texts for word in text]), Segments([len(text) for text in texts]), images)
 
 
+def _their_answers(model, images, questions, **options):
+    given = {"input_ids": torch.tensor(questions), "pixel_values": images, "interpolate_pos_encoding": True}
+    return _written(model.generate, **given, **options)
+
+
 def _their_answers_to_padded(model, images, questions, **options):
     """Their `generate` on a padded batch. It lets answers read padding: a hook gives cross-attention the mask it lacks."""
     longest = max(len(text) for text in questions)
@@ -173,7 +208,7 @@ def _their_answers_to_padded(model, images, questions, **options):
     layers = model.text_decoder.bert.encoder.layer
     hooks = [layer.crossattention.self.register_forward_pre_hook(with_mask, with_kwargs=True) for layer in layers]
     try:
-        return _written(model.generate, input_ids=ids, attention_mask=mask.long(), pixel_values=images, **options)
+        return _their_answers(model, images, ids.tolist(), attention_mask=mask.long(), **options)
     finally:
         for hook in hooks:
             hook.remove()
@@ -189,28 +224,27 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("options", ANSWERS, ids=_name)
+@pytest.mark.parametrize("options", [*ANSWERS, *GRID], ids=_name)
 def test_answers_are_the_tokens_of_transformers(answerers, options):
     written = set()
     for (theirs, ours), max_length in itertools.product(answerers, (10, 24)):
-        images, given = _images(4, max_length).double(), {**options, "max_length": max_length}
+        images, given = _images(4, max_length, ours), {**options, "max_length": max_length}
         for lengths in ((6, 6, 6, 6), (3, 9, 2, 5)):
             questions = _questions(lengths)
             found = generate(ours, images, eos_id=SEP, questions=_packed(questions), **given)
             if len(set(lengths)) == 1:
-                expected, scores = _written(theirs.generate, input_ids=torch.tensor(questions), pixel_values=images, **given)
+                expected, scores = _their_answers(theirs, images, questions, **given)
             else:
                 expected, scores = _their_answers_to_padded(theirs, images, questions, **given)
-                alone = [
-                    _written(theirs.generate, input_ids=torch.tensor([text]), pixel_values=images[[i]], **given)[0]
-                    for i, text in enumerate(questions)
-                ]
+                alone = [_their_answers(theirs, images[[i]], [text], **given)[0] for i, text in enumerate(questions)]
                 assert [text for texts in alone for text in texts] == expected
             assert found.lists() == expected
             if scores is not None:
                 torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-4)
             written |= {tuple(text) for text in expected}
-    assert len({len(text) for text in written}) > 2, "the weights of this test should make answers of several lengths"
+    # where length is rewarded most, all may be as long as they may
+    least = 1 if options.get("length_penalty", 1.0) >= 2.0 else 2
+    assert len({len(text) for text in written}) > least, "the weights of this test should make answers of several lengths"
 
 
 def test_rank_answers_gives_the_losses_of_transformers(transformers):

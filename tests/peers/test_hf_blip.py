@@ -31,6 +31,34 @@ SIZES = {
         {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3},
     ),
 }  # fmt: skip
+HEAVY_SIZES = {
+    "deep": (
+        {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 7, "num_attention_heads": 3, "image_size": 48},
+        {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 6, "num_attention_heads": 2},
+    ),
+    "two heads of 96": (
+        {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24},
+        {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
+    "many patches": (
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 128},
+        {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1},
+    ),
+    "one patch": (
+        {"hidden_size": 40, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 5, "image_size": 8},
+        {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 6},
+    ),
+    "base, two layers": (
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 12, "image_size": 32},
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 12},
+    ),
+}  # fmt: skip
+ALL_SIZES = [*SIZES, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY_SIZES)]
+# transformers' answer decoder reads rows as wide as images
+ANSWERING = [
+    "wide heads",
+    *(pytest.param(name, marks=pytest.mark.heavy) for name in ("deep", "two heads of 96", "base, two layers")),
+]
 
 
 @pytest.fixture
@@ -40,7 +68,7 @@ def blip(torchvision_ops):
 
 def make_peer(kind, size, dtype, *, text=(), **changes):
     """A model of theirs with random weights everywhere, norms and biases too."""
-    vision_config, text_config = ({**part} for part in SIZES[size])
+    vision_config, text_config = ({**part} for part in (SIZES | HEAVY_SIZES)[size])
     text_config.update(vocab_size=VOCAB, max_position_embeddings=24, bos_token_id=DEC, pad_token_id=0, **dict(text))
     vision_config.update(patch_size=8, **changes)
     config = transformers.BlipConfig(
@@ -49,7 +77,8 @@ def make_peer(kind, size, dtype, *, text=(), **changes):
     peer = kind(config)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            parameter.normal_(0.0, 0.1)
+            wide = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.normal_(0.0, min(0.1, wide**-0.5))
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(1.0)
     return peer.to(dtype).eval(), config.to_dict()
@@ -95,11 +124,16 @@ def assert_round_trip(fmt, model, peer):
         assert torch.equal(tensor, state[name]), name
 
 
-PADDINGS = [pytest.param([9, 4, 7], id="padded"), pytest.param([6, 6, 6], id="full")]
+PADDINGS = [
+    pytest.param([9, 4, 7], id="padded"),
+    pytest.param([6, 6, 6], id="full"),
+    pytest.param([24, 2, 13], id="long", marks=pytest.mark.heavy),
+    pytest.param([2, 2, 3], id="short", marks=pytest.mark.heavy),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 @pytest.mark.parametrize("lengths", PADDINGS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_captioning_equals_transformers(blip, dtype, size, lengths, label_smoothing):
@@ -123,7 +157,7 @@ def test_captioning_equals_transformers(blip, dtype, size, lengths, label_smooth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL_SIZES)
 @pytest.mark.parametrize("lengths", PADDINGS)
 def test_retrieval_equals_transformers(blip, dtype, size, lengths):
     peer, config = make_peer(blip.BlipForImageTextRetrieval, size, dtype)
@@ -156,11 +190,13 @@ def test_retrieval_equals_transformers(blip, dtype, size, lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("size", ANSWERING)
 @pytest.mark.parametrize("lengths", PADDINGS)
-def test_question_answering_equals_transformers(blip, dtype, lengths):
-    peer, config = make_peer(blip.BlipForQuestionAnswering, "wide heads", dtype, text={"label_smoothing": 0.1})
+def test_question_answering_equals_transformers(blip, dtype, size, lengths):
+    peer, config = make_peer(blip.BlipForQuestionAnswering, size, dtype, text={"label_smoothing": 0.1})
     model = load(hf_blip.QUESTION_ANSWERING, peer, config, dtype)
-    images = torch.randn(3, 3, 40, 40, dtype=dtype)
+    side = config["vision_config"]["image_size"]
+    images = torch.randn(3, 3, side, side, dtype=dtype)
     ids, _, packed, segments = make_captions(lengths, VOCAB - 1)
     answers, answer_mask, packed_answers, answer_segments = make_captions([5, 3, 2], DEC)
     labels = answers.masked_fill(~answer_mask, -100)
@@ -191,10 +227,18 @@ def test_question_answering_equals_transformers(blip, dtype, lengths):
         assert_round_trip(hf_blip.QUESTION_ANSWERING, model, peer)
 
 
-@pytest.mark.parametrize("side", [56, 24], ids=["larger", "smaller"])
-def test_positions_of_another_image_size_equal_transformers(blip, side):
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [
+        pytest.param("plain", 56, id="larger"),
+        pytest.param("plain", 24, id="smaller"),
+        *(pytest.param("plain", side, marks=pytest.mark.heavy) for side in (8, 16, 40, 96, 160)),
+        *(pytest.param("many patches", side, marks=pytest.mark.heavy) for side in (64, 136, 192)),
+    ],
+)
+def test_positions_of_another_image_size_equal_transformers(blip, size, side):
     dtype = torch.float64
-    peer, config = make_peer(blip.BlipForConditionalGeneration, "plain", dtype)
+    peer, config = make_peer(blip.BlipForConditionalGeneration, size, dtype)
     model = load(hf_blip.CAPTIONING, peer, config, dtype, image_size=side)
     images = torch.randn(2, 3, side, side, dtype=dtype)
     theirs = peer.vision_model(images, interpolate_pos_encoding=True).last_hidden_state.flatten(0, 1)

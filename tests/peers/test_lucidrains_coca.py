@@ -27,6 +27,24 @@ CONFIGS = {
         "num_img_queries": 12,
     },
 }  # fmt: skip
+HEAVY_CONFIGS = {
+    # the sizes of CoCa-pytorch's introduction, with two layers of six
+    "introduction": {"dim": 512, "image_dim": 1024, "unimodal_depth": 2, "multimodal_depth": 2, "num_img_queries": 256},
+    "deep": {
+        "dim": 32, "image_dim": 16, "heads": 4, "dim_head": 8, "ff_mult": 2, "unimodal_depth": 7, "multimodal_depth": 6,
+        "num_img_queries": 3,
+    },
+    "heads_wider_than_rows": {
+        "dim": 24, "image_dim": 40, "heads": 5, "dim_head": 64, "ff_mult": 1, "unimodal_depth": 2, "multimodal_depth": 1,
+        "num_img_queries": 4, "dim_latents": 64,
+    },
+    "three_heads_of_96": {
+        "dim": 96, "heads": 3, "dim_head": 96, "unimodal_depth": 2, "multimodal_depth": 3, "num_img_queries": 30, "dim_latents": 8,
+    },
+}  # fmt: skip
+ALL_CONFIGS = [*CONFIGS, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY_CONFIGS)]
+HEAVY_LENGTHS = {"short": [2, 1, 3], "six": [3, 9, 1, 7, 2, 8], "two": [6, 9]}
+ALL_LENGTHS = [*LENGTHS, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY_LENGTHS)]
 
 
 class TinyEncoder(nn.Module):
@@ -41,8 +59,12 @@ class TinyEncoder(nn.Module):
         return torch.tanh(self.patches(images)).flatten(2).transpose(1, 2) * self.scale
 
 
+def sizes_of(name):
+    return (CONFIGS | HEAVY_CONFIGS)[name]
+
+
 def make_peer(name, encoder=TinyEncoder, dtype=torch.float64):
-    sizes = CONFIGS[name]
+    sizes = sizes_of(name)
     peer = peers.CoCa(**sizes, num_tokens=VOCAB, img_encoder=encoder(sizes.get("image_dim", sizes["dim"])))
     randomise(peer)
     return peer.to(dtype)  # float64 with values of float32, in which weights are loaded
@@ -94,10 +116,10 @@ def assert_same_gradients(model, peer, relative=1e-10):
         assert_close(ours[name], parameter.grad, relative)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("lengths", ALL_LENGTHS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_outputs_and_their_gradients_equal_the_peer(name, lengths):
-    peer = make_peer(name)
+    peer, lengths = make_peer(name), (LENGTHS | HEAVY_LENGTHS)[lengths]
     model, images = ours_of(peer), make_images(len(lengths))
     text, valid = make_captions(lengths)
     theirs_text, words = peer.embed_text(text)
@@ -136,11 +158,11 @@ def both_losses(peer, text, images):
     return parts
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("lengths", ALL_LENGTHS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_losses_and_their_gradients_equal_the_peer(name, lengths):
     """The peer reads all columns but the last, and predicts all but the first."""
-    peer = make_peer(name)
+    peer, lengths = make_peer(name), (LENGTHS | HEAVY_LENGTHS)[lengths]
     model, images = ours_of(peer), make_images(len(lengths))
     text, valid = make_captions(lengths)
     contrastive, caption = both_losses(peer, text, images)
@@ -159,7 +181,7 @@ def test_losses_and_their_gradients_equal_the_peer(name, lengths):
     assert_same_gradients(model, peer)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_pretraining_step_equals_the_peer_where_each_caption_has_padding(name):
     lengths = LENGTHS["padded"]
     peer = make_peer(name)
@@ -236,7 +258,7 @@ def test_vit_pytorch_through_its_extractor(torchvision_ops):
     assert_close(image.rows, rows.flatten(0, 1))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_weights_go_there_and_back(name, tmp_path):
     peer = make_peer(name, dtype=torch.float32)
     state = peer.state_dict()
@@ -252,7 +274,7 @@ def test_weights_go_there_and_back(name, tmp_path):
 
 
 def model_width(name):
-    return CONFIGS[name].get("image_dim", CONFIGS[name]["dim"])
+    return sizes_of(name).get("image_dim", sizes_of(name)["dim"])
 
 
 def test_our_own_image_encoder_is_known_by_its_names():

@@ -46,6 +46,51 @@ CONFIGS = {
         {"vision_heads": 3, "num_heads": 5, "decoder_heads": 2},
     ),
 }  # fmt: skip
+HEAVY_CONFIGS = {
+    "ViT-L-14_two_layers": (
+        {
+            "embed_dim": 768,
+            "vision_cfg": {"image_size": 56, "patch_size": 14, "width": 1024, "layers": 2, "attn_pooler_heads": 8},
+            "text_cfg": {"width": 768, "heads": 12, "layers": 2},
+            "multimodal_cfg": {"width": 768, "heads": 12, "layers": 2},
+        },
+        {},
+    ),
+    "ViT-B-32_two_layers": (
+        {
+            "embed_dim": 512,
+            "vision_cfg": {"image_size": 96, "patch_size": 32, "width": 768, "layers": 2, "attn_pooler_heads": 8},
+            "text_cfg": {"width": 512, "heads": 8, "layers": 2},
+            "multimodal_cfg": {"width": 512, "heads": 8, "layers": 2},
+        },
+        {},
+    ),
+    "deep": (
+        {
+            "embed_dim": 64,
+            "vision_cfg": {"image_size": 24, "patch_size": 6, "width": 64, "layers": 8, "attn_pooler_heads": 2},
+            "text_cfg": {"width": 64, "heads": 1, "layers": 6},
+            "multimodal_cfg": {"width": 64, "heads": 1, "layers": 6},
+        },
+        {"pooler_heads": 2},
+    ),
+    "many_patches_few_queries": (
+        {
+            "embed_dim": 48,
+            "vision_cfg": {
+                "image_size": 60, "patch_size": 4, "width": 64, "layers": 1, "attn_pooler_heads": 3, "attn_pooler_queries": 4,
+            },
+            "text_cfg": {"width": 48, "heads": 3, "layers": 4},
+            "multimodal_cfg": {"width": 48, "heads": 4, "layers": 1},
+        },
+        {"num_heads": 3, "decoder_heads": 4, "pooler_heads": 3},
+    ),
+}  # fmt: skip
+ALL_CONFIGS = [*CONFIGS, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY_CONFIGS)]
+
+
+def configuration(name):
+    return (CONFIGS | HEAVY_CONFIGS)[name]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +109,8 @@ def make_peer(open_clip, keywords, dtype=torch.float64):
     peer = open_clip.coca_model.CoCa(**keywords)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            parameter.normal_(std=0.12)  # some of them open_clip leaves as they come from memory
+            wide = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.normal_(std=min(0.12, wide**-0.5))  # some of them open_clip leaves as they come from memory
             if name.rpartition(".")[2] == "weight" and parameter.dim() == 1:
                 parameter.add_(1.0)  # norms
     return peer.to(dtype)  # float64 with values of float32, in which weights are loaded
@@ -102,10 +148,19 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy_mask", "correct_mask"])
-@pytest.mark.parametrize("lengths", [PADDED, FULL, MIXED], ids=["padded", "full", "mixed"])
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        PADDED,
+        FULL,
+        MIXED,
+        *(pytest.param(lengths, marks=pytest.mark.heavy) for lengths in ([2, 3, 1], [5, 11], [2, 11, 5, 8, 1, 9])),
+    ],
+    ids=["padded", "full", "mixed", "short", "two", "six"],
+)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_outputs_losses_and_gradients_equal_open_clip(open_clip, name, lengths, legacy):
-    keywords, fields = CONFIGS[name]
+    keywords, fields = configuration(name)
     peer = make_peer(open_clip, keywords)
     peer.text.correct_cls_mask = not legacy
     model = FORMAT.load(peer.state_dict(), legacy_class_mask=legacy, **fields).double()
@@ -149,9 +204,9 @@ def test_the_masks_differ_where_there_is_padding(open_clip):
     assert same.tolist() == [n == CONTEXT for n in MIXED]
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_float32_equals_open_clip(open_clip, name):
-    keywords, fields = CONFIGS[name]
+    keywords, fields = configuration(name)
     peer = make_peer(open_clip, keywords, torch.float32)
     model = FORMAT.load(peer.state_dict(), **fields)  # the legacy mask, as open_clip has it
     batch, padded, valid = make_batch(MIXED, model.config.image_size, torch.float32)
@@ -166,9 +221,9 @@ def test_float32_equals_open_clip(open_clip, name):
         assert_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_round_trip(open_clip, name, tmp_path):
-    keywords, fields = CONFIGS[name]
+    keywords, fields = configuration(name)
     peer = make_peer(open_clip, keywords, torch.float32)
     torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}}, tmp_path / "trained.pt")
     model = FORMAT.load(read_state(tmp_path / "trained.pt"), **fields)
@@ -179,10 +234,19 @@ def test_round_trip(open_clip, name, tmp_path):
     assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("image_size", [15, 30])
-def test_another_image_size_interpolates_positions_as_open_clip(open_clip, image_size):
-    keywords, fields = CONFIGS["pooler_head_dim_96"]
-    keywords = {**keywords, "vision_cfg": {**keywords["vision_cfg"], "image_size": 20}}
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [
+        ("pooler_head_dim_96", 15),
+        ("pooler_head_dim_96", 30),
+        *(pytest.param("pooler_head_dim_96", size, marks=pytest.mark.heavy) for size in (5, 10, 45, 80)),
+        *(pytest.param("ViT-L-14_two_layers", size, marks=pytest.mark.heavy) for size in (28, 42, 70, 112)),
+        *(pytest.param("ViT-B-32_two_layers", size, marks=pytest.mark.heavy) for size in (32, 64, 128)),
+    ],
+)
+def test_another_image_size_interpolates_positions_as_open_clip(open_clip, name, image_size):
+    keywords, fields = configuration(name)
+    patch = keywords["vision_cfg"]["patch_size"]
     state = make_peer(open_clip, keywords, torch.float32).state_dict()
     model = FORMAT.load(state, image_size=image_size, **fields)
     peer = make_peer(open_clip, {**keywords, "vision_cfg": {**keywords["vision_cfg"], "image_size": image_size}}, torch.float32)
@@ -193,7 +257,7 @@ def test_another_image_size_interpolates_positions_as_open_clip(open_clip, image
     assert_close(model.image_encoder.position_embedding.detach(), resized["visual.positional_embedding"], 1e-6)
     assert_close(model.encode_image(images).features, peer.encode_image(images), 1e-5)
     assert not torch.allclose(
-        model.image_encoder.position_embedding, resize_positions(state["visual.positional_embedding"], image_size // 5)
+        model.image_encoder.position_embedding, resize_positions(state["visual.positional_embedding"], image_size // patch)
     )
 
 

@@ -91,6 +91,7 @@ def rank_answers(
             3,128); default: all. Of answers that begin with one word, those that come first are kept.
         label_smoothing: BLIP's code ranks by its training loss, whose smoothing is 0.1; default: 0, the likelihood itself.
 
+    Waiting for the device: once, to learn which answers are kept.
     Raises: ValueError: a question without an image, an answer of fewer than two tokens, a `keep` below 1, or a model in training mode.
     """
     if vqa.training:
