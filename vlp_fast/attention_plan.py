@@ -101,29 +101,24 @@ class AttentionPlan:
         device = query.device
         array = edges if isinstance(edges, np.ndarray) else np.array([(int(q), int(k), bool(c)) for q, k, c in edges], np.int64)
         array = array.astype(np.int64).reshape(-1, 3)
-        for column, count, side in ((0, len(query), "query"), (1, len(key), "key")):
-            outside = (array[:, column] < 0) | (array[:, column] >= count)
-            if outside.any():
-                bad = array[int(np.argmax(outside))]
-                raise ValueError(
-                    f"edges must name existing segments; edge ({bad[0]}, {bad[1]}, {bool(bad[2])}) names {side} segment "
-                    f"{bad[column]} of {count}."
-                )
-        array = array[np.argsort(array[:, 0], kind="stable")]
-        codes = array[:, 0] * max(len(key), 1) + array[:, 1]
-        if np.unique(codes).size != codes.size:
-            values, counts = np.unique(codes, return_counts=True)
-            twice = divmod(int(values[np.argmax(counts > 1)]), len(key))
-            raise ValueError(f"edges must not repeat; query segment {twice[0]} reads key segment {twice[1]} more than once.")
-        by_key = array[np.argsort(array[:, 1], kind="stable")]
-        counts_q = np.bincount(array[:, 0], minlength=len(query))
-        counts_k = np.bincount(array[:, 1], minlength=len(key))
+        index = np.arange(len(query))
+        if len(query) == len(key) == len(array) and bool((array[:, :2] == index[:, None]).all()):
+            by_key, counts_q = array, np.ones_like(index)  # nothing to check, nothing to sort
+            counts_k = counts_q
+        else:
+            array, by_key = _sorted_edges(array, len(query), len(key))
+            counts_q = np.bincount(array[:, 0], minlength=len(query))
+            counts_k = np.bincount(array[:, 1], minlength=len(key))
         facts = _facts(query, key, array, int(counts_q.max()) if counts_q.size else 0)
+        csr = (_offsets(counts_q, device), _int32(array[:, 1], device), _int32(array[:, 2], device))
+        transposed = csr
+        if by_key is not array:
+            transposed = (_offsets(counts_k, device), _int32(by_key[:, 0], device), _int32(by_key[:, 2], device))
         plan = cls(
             query,
             key,
-            (_offsets(counts_q, device), _int32(array[:, 1], device), _int32(array[:, 2], device)),
-            (_offsets(counts_k, device), _int32(by_key[:, 0], device), _int32(by_key[:, 2], device)),
+            csr,
+            transposed,
             array,
             facts,
             _pairs(query, key, array),
@@ -324,6 +319,25 @@ def _segments(lengths: Segments | Iterable[int], device: torch.device | str | No
     if isinstance(lengths, Segments):
         return lengths if device is None else lengths.to(device)
     return Segments(lengths, device)
+
+
+def _sorted_edges(array: np.ndarray, num_queries: int, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """The edges by query segment and by key segment; raises where one is outside or there twice."""
+    for column, count, side in ((0, num_queries, "query"), (1, num_keys, "key")):
+        outside = (array[:, column] < 0) | (array[:, column] >= count)
+        if outside.any():
+            bad = array[int(np.argmax(outside))]
+            raise ValueError(
+                f"edges must name existing segments; edge ({bad[0]}, {bad[1]}, {bool(bad[2])}) names {side} segment "
+                f"{bad[column]} of {count}."
+            )
+    array = array[np.argsort(array[:, 0], kind="stable")]
+    codes = array[:, 0] * max(num_keys, 1) + array[:, 1]
+    if np.unique(codes).size != codes.size:
+        values, counts = np.unique(codes, return_counts=True)
+        twice = divmod(int(values[np.argmax(counts > 1)]), num_keys)
+        raise ValueError(f"edges must not repeat; query segment {twice[0]} reads key segment {twice[1]} more than once.")
+    return array, array[np.argsort(array[:, 1], kind="stable")]
 
 
 def _equal(segments: Segments) -> bool:

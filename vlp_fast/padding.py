@@ -79,7 +79,8 @@ class _Group:
         self.queries, self.keys, self.edges = queries, keys, edges
 
 
-def _from_host(plan: AttentionPlan) -> PaddedPlan:
+def _groups(plan: AttentionPlan) -> list[tuple[int, int, _Group]]:
+    """(keys, queries, group) of all query rows that read the same keys fully, or that read some causally."""
     assert plan.host_edges is not None
     lengths_q, lengths_k = plan.query.lengths, plan.key.lengths
     reads: dict[int, list[tuple[int, bool]]] = {}
@@ -100,6 +101,18 @@ def _from_host(plan: AttentionPlan) -> PaddedPlan:
         n = sum(lengths_q[i] for i in group.queries)
         m = sum(lengths_k[j] for j in group.keys)
         sized.append((m, n, group))
+    return sized
+
+
+def _pairs(plan: AttentionPlan) -> list[tuple[int, int, _Group]]:
+    """`_groups` where query segment i reads key segment i alone."""
+    assert plan.host_edges is not None
+    edges = zip(plan.query.lengths, plan.key.lengths, plan.host_edges[:, 2].tolist(), strict=True)
+    return [(m, n, _Group([i], [i], [(i, bool(causal))])) for i, (n, m, causal) in enumerate(edges) if n and m]
+
+
+def _from_host(plan: AttentionPlan) -> PaddedPlan:
+    sized = _pairs(plan) if plan.facts.one_to_one else _groups(plan)
     order = sorted(range(len(sized)), key=lambda i: sized[i][:2])
     chunks: list[list[int]] = []
     useful = most_q = most_k = 0
@@ -129,27 +142,12 @@ def _bucket(plan: AttentionPlan, sized: list[tuple[int, int, _Group]], slots: np
     count, seqlen_k, seqlen_q = len(sized), max(s[0] for s in sized), max(s[1] for s in sized)
     query_rows = np.zeros((count, seqlen_q), np.int64)
     key_rows = np.zeros((count, seqlen_k), np.int64)
-    starts_q, starts_k = plan.query.host_offsets, plan.key.host_offsets
     plain_causal = all(len(g.edges) == 1 and g.edges[0][1] and len(g.queries) == 1 and m == n for m, n, g in sized)
     any_causal = any(causal for _, _, g in sized for _, causal in g.edges)
     needs_mask = not plain_causal and (any_causal or any(m != seqlen_k for m, _, _ in sized))
     mask = np.zeros((count, 1, seqlen_q if any_causal else 1, seqlen_k), bool) if needs_mask else None
-    for i, (m, n, group) in enumerate(sized):
-        rows = np.concatenate([np.arange(starts_q[q], starts_q[q + 1]) for q in group.queries])
-        keys = np.concatenate([np.arange(starts_k[j], starts_k[j + 1]) for j in group.keys])
-        query_rows[i, :n], query_rows[i, n:] = rows, rows[0]
-        key_rows[i, :m], key_rows[i, m:] = keys, keys[0]
-        slots[rows] = used + i * seqlen_q + np.arange(n)
-        if mask is not None:
-            mask[i, 0, :, :m] = True
-            if any_causal:
-                column = 0
-                for key, causal in group.edges:
-                    width = plan.key.lengths[key]
-                    if causal:
-                        last = np.arange(n) + width - n
-                        mask[i, 0, :n, column : column + width] = np.arange(width)[None] <= last[:, None]
-                    column += width
+    fill = _fill_pairs if plan.facts.one_to_one else _fill_groups
+    fill(plan, sized, slots, used, query_rows, key_rows, mask)
     return PaddedBucket(
         count,
         seqlen_q,
@@ -161,6 +159,63 @@ def _bucket(plan: AttentionPlan, sized: list[tuple[int, int, _Group]], slots: np
         None if mask is None else _to_device(mask, plan.device),
         plain_causal,
     )
+
+
+def _fill_groups(
+    plan: AttentionPlan,
+    sized: list[tuple[int, int, _Group]],
+    slots: np.ndarray,
+    used: int,
+    query_rows: np.ndarray,
+    key_rows: np.ndarray,
+    mask: np.ndarray | None,
+) -> None:
+    """Enters the rows of groups, their masks, and where each query row finds its result."""
+    starts_q, starts_k = plan.query.host_offsets, plan.key.host_offsets
+    for i, (m, n, group) in enumerate(sized):
+        rows = np.concatenate([np.arange(starts_q[q], starts_q[q + 1]) for q in group.queries])
+        keys = np.concatenate([np.arange(starts_k[j], starts_k[j + 1]) for j in group.keys])
+        query_rows[i, :n], query_rows[i, n:] = rows, rows[0]
+        key_rows[i, :m], key_rows[i, m:] = keys, keys[0]
+        slots[rows] = used + i * query_rows.shape[1] + np.arange(n)
+        if mask is not None:
+            mask[i, 0, :, :m] = True
+            column = 0
+            if any(causal for _, causal in group.edges):
+                for key, causal in group.edges:
+                    width = plan.key.lengths[key]
+                    if causal:
+                        last = np.arange(n) + width - n
+                        mask[i, 0, :n, column : column + width] = np.arange(width)[None] <= last[:, None]
+                    column += width
+
+
+def _fill_pairs(
+    plan: AttentionPlan,
+    sized: list[tuple[int, int, _Group]],
+    slots: np.ndarray,
+    used: int,
+    query_rows: np.ndarray,
+    key_rows: np.ndarray,
+    mask: np.ndarray | None,
+) -> None:
+    """`_fill_groups` for groups of one query and one key segment: all at once."""
+    index = [group.queries[0] for _, _, group in sized]
+    m, n = (np.array([s[side] for s in sized])[:, None] for side in (0, 1))
+    for rows, lengths, offsets in ((query_rows, n, plan.query.host_offsets), (key_rows, m, plan.key.host_offsets)):
+        column = np.arange(rows.shape[1])[None]
+        rows[:] = offsets[index][:, None] + np.where(column < lengths, column, 0)
+    slot = used + np.arange(query_rows.size).reshape(query_rows.shape)
+    there = np.arange(query_rows.shape[1])[None] < n
+    slots[query_rows[there]] = slot[there]
+    if mask is None:
+        return
+    key = np.arange(key_rows.shape[1])[None, None]
+    mask[:, 0] = key < m[..., None]
+    causal = np.array([group.edges[0][1] for _, _, group in sized])
+    if causal.any():
+        last = np.arange(query_rows.shape[1])[None] + (m - n)  # the last key that a query reads
+        mask[:, 0] &= (key <= last[..., None]) | ~causal[:, None, None]
 
 
 def _consecutive(rows: np.ndarray) -> int:

@@ -206,10 +206,13 @@ def pack_passes(
     # captions in their places: by expert, then by image
     keys = (experts,) if images is None or isinstance(images, Tensor) else (np.asarray(images, np.int64), experts)
     order = np.lexsort(keys)
-    rows, segments = Segments([n for p in passes for n in p.segments.lengths], device).take(order.tolist())
-    token_ids = torch.cat([p.token_ids for p in passes])
-    causal = np.repeat([p.causal for p in passes], counts)[order].astype(np.int64)
     index = np.arange(len(order))
+    segments = Segments([n for p in passes for n in p.segments.lengths], device)
+    token_ids = torch.cat([p.token_ids for p in passes]) if len(passes) > 1 else passes[0].token_ids
+    if not np.array_equal(order, index):
+        rows, segments = segments.take(order.tolist())
+        token_ids = token_ids[rows]
+    causal = np.repeat([p.causal for p in passes], counts)[order].astype(np.int64)
     edges = np.stack([index, index, causal], 1)
     cross = None
     if images is not None:
@@ -225,7 +228,7 @@ def pack_passes(
     if (kept != lengths).any():
         read = leading_rows(plan, kept.tolist(), offsets)._replace(cross_plan=_cross_plan(Segments(kept, device), cross))
     return PackedPasses(
-        token_ids if np.array_equal(order, index) else token_ids[rows],
+        token_ids,
         segments.positions(),
         plan,
         _cross_plan(segments, cross),

@@ -146,9 +146,14 @@ def _int_array(values: object, name: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
+_CPU = torch.device("cpu")
+
+
 def _to_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    device = torch.device("cpu") if device is None else torch.device(device)
+    if device is None or device == _CPU:
+        return tensor
+    device = torch.device(device)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

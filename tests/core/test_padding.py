@@ -126,3 +126,23 @@ def test_padded_plan_is_not_built_inside_a_compiled_region(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(RuntimeError, match="needs vlp_fast.padding.padded_plan\\(plan\\) once before torch.compile"):
         padded_plan(plan)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_padded_plan_of_pairs_is_that_of_groups(seed):
+    rng = np.random.default_rng(seed)
+    lengths_q, lengths_k = (rng.integers(0, 30, 12).tolist() for _ in range(2))
+    lengths_k = lengths_q if seed % 2 else lengths_k
+    causal = rng.integers(0, 2, 12) if seed < 4 else np.full(12, seed % 4 // 2)
+    plan = AttentionPlan.from_edges(lengths_q, lengths_k, [(i, i, bool(c)) for i, c in enumerate(causal)])
+    assert plan.facts.one_to_one
+    found = padded_plan(plan)
+    plan.facts, plan._padded = plan.facts._replace(one_to_one=False), None
+    expected = padded_plan(plan)
+    torch.testing.assert_close(found.slots, expected.slots)
+    assert len(found.buckets) == len(expected.buckets)
+    for one, other in zip(found.buckets, expected.buckets, strict=True):
+        for name, value in one._asdict().items():
+            right = getattr(other, name)
+            same = torch.equal(value, right) if isinstance(value, torch.Tensor) else value == right
+            assert same, name
