@@ -79,6 +79,15 @@ def test_autocast_changes_nothing_inside():
         assert torch.equal(_attention_bf16.attention(q, k, v, None, False, SCALE), plain)
 
 
+def test_without_a_gradient_the_bits_are_the_same():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 40, 16).bfloat16() for _ in range(3))
+    recorded = _attention_bf16.attention(q.requires_grad_(), k, v, None, False, SCALE)
+    assert recorded.requires_grad
+    with torch.no_grad():
+        assert torch.equal(_attention_bf16.attention(q, k, v, None, False, SCALE), recorded)
+
+
 def test_the_torch_backend_chooses_it_where_it_is_faster(monkeypatch):
     torch.manual_seed(0)
     called = []

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlp_fast.modules import Linear
 from vlp_fast.ops import _products, linear
-from vlp_fast.testing import assert_matches_reference
+from vlp_fast.testing import assert_as_accurate_as, assert_matches_reference
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "PyTorch's own"])
@@ -31,6 +31,13 @@ def test_linear_matches_pytorch(shape, has_bias, library):
 def test_linear_of_other_dtypes_is_pytorchs(dtype, library):
     x, weight = torch.randn(4, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("shape", [(9,), (6, 9), (2, 3, 9), (0, 9)], ids=str)
+def test_linear_of_bf16_without_a_gradient_is_as_accurate(shape):
+    x, weight, bias = (torch.randn(size).bfloat16() for size in (shape, (7, 9), (7,)))
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_as_accurate_as(linear(x, weight, bias), F.linear(x, weight, bias), exact)
 
 
 def test_linear_under_autocast_is_pytorchs(library):

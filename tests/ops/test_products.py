@@ -7,6 +7,7 @@ import torch
 
 from vlp_fast.ops import _products
 from vlp_fast.ops._products import fp32_products, mm, onednn_is_faster
+from vlp_fast.testing import assert_as_accurate_as
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
 
@@ -70,6 +71,18 @@ def test_mm_onto_its_own_residual(library):
 def test_mm_of_other_dtypes_is_pytorchs(dtype, library):
     a, b = torch.randn(8, 6).to(dtype), torch.randn(6, 4).to(dtype)
     assert torch.equal(mm(a, b), a @ b)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice of columns", "slice of rows"])
+def test_mm_of_bf16_with_a_bias_is_as_accurate_as_addmm(layout, has_residual):
+    a, b, bias, residual = (
+        x.bfloat16() for x in (layouts(60, 40)[layout], torch.randn(50, 40).t(), torch.randn(50), torch.randn(60, 50))
+    )
+    start = bias + residual if has_residual else bias
+    exact = a.double() @ b.double() + bias.double() + (residual.double() if has_residual else 0.0)
+    found = mm(a, b, bias, residual=residual if has_residual else None)
+    assert_as_accurate_as(found, torch.addmm(start, a, b), exact)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (3, 0, 4), (4, 5, 0)], ids=str)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlp_fast.ops import _products
 from vlp_fast.ops._direct import runs_directly
-from vlp_fast.ops._products import is_for_onednn, mm
+from vlp_fast.ops._products import is_bf16_for_onednn, is_for_onednn, mm
 from vlp_fast.ops.multiway import multiway_linear
 from vlp_fast.ops.packing import any_packed
 
@@ -18,9 +18,9 @@ __all__ = ["linear", "linear_gelu"]
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
 
-    Equivalent to: ``torch.nn.functional.linear``, which it calls but for weights that `packed_weights` holds and for fp32 on a CPU whose
-    products are faster through oneDNN (`vlp-fast info` says which); there it is `multiway_linear` with one expert, which has no second
-    derivative.
+    Equivalent to: ``torch.nn.functional.linear``, which it calls but for weights that `packed_weights` holds, for bf16 on a CPU where no
+    gradient is recorded, and for fp32 on a CPU whose products are faster through oneDNN (`vlp-fast info` says which); there it is
+    `multiway_linear` with one expert, which has no second derivative.
 
     Args:
         x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None.
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows, shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
         for_onednn = is_for_onednn(x, x.numel() * weight.shape[0])
         # where some weights are packed, mm sees whether this one is
-        if (for_onednn or any_packed()) and runs_directly("torch", x, weight, bias):
+        if (for_onednn or any_packed() or is_bf16_for_onednn(x)) and runs_directly("torch", x, weight, bias):
             return mm(x.reshape(rows, weight.shape[1]), weight.t(), bias).view(shape)
         if for_onednn:
             biases = None if bias is None else bias[None]
