@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import Case, Maker, Problem
 from torch import Tensor
 
 from vlp_fast import ops, reference
+from vlp_fast.benchmarks.gpu_cases import Case, Maker, Problem
 
 __all__ = ["loss_cases", "pairs"]
 

@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import DTYPES, Case, Maker, Problem, cases
-from gpu_cases_losses import loss_cases
-from gpu_providers import TimedCase
-from gpu_timing import DeviceLost, Timings, measure_ceilings, time_case
-from gpu_timing_cases import timed_cases
-from gpu_timing_cases_losses import timed_loss_cases
-from gpu_tuning import tune_case
 from rich.table import Table
 from torch import Tensor
 
+from vlp_fast.benchmarks.gpu_cases import DTYPES, Case, Maker, Problem, cases
+from vlp_fast.benchmarks.gpu_cases_losses import loss_cases
+from vlp_fast.benchmarks.gpu_providers import TimedCase
+from vlp_fast.benchmarks.gpu_timing import DeviceLost, Timings, measure_ceilings, time_case
+from vlp_fast.benchmarks.gpu_timing_cases import timed_cases
+from vlp_fast.benchmarks.gpu_timing_cases_losses import timed_loss_cases
+from vlp_fast.benchmarks.gpu_tuning import tune_case
 from vlp_fast.cli._output import output_console
 from vlp_fast.environment import stamp
 from vlp_fast.evidence import SCHEMA, source_hash

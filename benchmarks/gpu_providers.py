@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from gpu_cases import Maker
 from torch import Tensor
+
+from vlp_fast.benchmarks.gpu_cases import Maker
 
 __all__ = ["Absent", "Checker", "Layout", "Provider", "RowLayout", "TimedCase", "TimedProblem", "Work", "disagreement"]
 

@@ -15,11 +15,12 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from gpu_providers import Absent, Provider, RowLayout
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Sequences", "attention_rivals"]
+from vlp_fast.benchmarks.gpu_providers import Absent, Provider, RowLayout
+
+__all__ = ["PACKED_RIVALS", "Sequences", "attention_rivals"]
 
 Rivals = Iterator[tuple[str, Callable[[], Provider]]]
 SDPA = {
@@ -94,7 +95,7 @@ def attention_rivals(s: Sequences) -> Rivals:
         yield f"sdpa {name}{suffix}", partial(_sdpa, f"sdpa {name}{suffix}", s, name)
         if s.index is not None:
             yield f"sdpa {name}, keys gathered", partial(_sdpa_gathered, f"sdpa {name}, keys gathered", s, name)
-    for name, make in {"varlen_attn": _varlen_attn, "flash_attn": _flash_attn, "xformers": _xformers}.items():
+    for name, make in PACKED_RIVALS.items():
         yield name + suffix, partial(_packed, name + suffix, s, make)
         if s.index is not None:
             yield f"{name}, gather and scatter", partial(_gathered, f"{name}, gather and scatter", s, make)
@@ -199,6 +200,14 @@ def _xformers(s: Sequences) -> Packed:
     bias = BlockDiagonalMask.from_seqlens(list(s.q_lengths), list(s.k_lengths), device=s.device)
     bias = bias.make_causal_from_bottomright() if s.causal else bias
     return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+
+
+# of the sequences -> a call on packed q, k, v
+PACKED_RIVALS: dict[str, Callable[[Sequences], Packed]] = {
+    "varlen_attn": _varlen_attn,
+    "flash_attn": _flash_attn,
+    "xformers": _xformers,
+}
 
 
 def _flex(name: str, s: Sequences) -> Provider:

@@ -17,10 +17,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from gpu_cases import DTYPES, Maker
-from gpu_providers import Absent, Checker, Provider, TimedCase, Work
 from torch import Tensor
 
+from vlp_fast.benchmarks.gpu_cases import DTYPES, Maker
+from vlp_fast.benchmarks.gpu_providers import Absent, Checker, Provider, TimedCase, Work
 from vlp_fast.measuring import Timing
 
 __all__ = [

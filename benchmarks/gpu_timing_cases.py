@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import Maker
-from gpu_providers import Layout, Provider, TimedCase, TimedProblem, Work
-from gpu_rivals import Sequences, attention_rivals
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vlp_fast import AttentionPlan, ops, reference
+from vlp_fast.benchmarks.gpu_cases import Maker
+from vlp_fast.benchmarks.gpu_providers import Layout, Provider, TimedCase, TimedProblem, Work
+from vlp_fast.benchmarks.gpu_rivals import Sequences, attention_rivals
 from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.modules import AttentionalPooler
 from vlp_fast.training import caption_lengths

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import Maker
-from gpu_cases_losses import pairs
-from gpu_providers import Absent, Provider, TimedCase, TimedProblem, Work
 from torch import Tensor
 
 from vlp_fast import ops, reference
+from vlp_fast.benchmarks.gpu_cases import Maker
+from vlp_fast.benchmarks.gpu_cases_losses import pairs
+from vlp_fast.benchmarks.gpu_providers import Absent, Provider, TimedCase, TimedProblem, Work
 
 __all__ = ["timed_loss_cases"]
 

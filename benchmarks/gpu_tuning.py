@@ -18,10 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from gpu_cases import DTYPES, Maker
-from gpu_providers import Checker, TimedCase
-from gpu_timing import Effort, Prepared, Timings, effort_on, in_turns, prepare, release, require_alive
 
+from vlp_fast.benchmarks.gpu_cases import DTYPES, Maker
+from vlp_fast.benchmarks.gpu_providers import Checker, TimedCase
+from vlp_fast.benchmarks.gpu_timing import Effort, Prepared, Timings, effort_on, in_turns, prepare, release, require_alive
 from vlp_fast.evidence import kernel_files
 
 __all__ = ["Lookup", "lookups", "neighbours", "replaced", "tune_case"]

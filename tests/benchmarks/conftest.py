@@ -1,17 +1,11 @@
-"""The folder of benchmarks on the path: its files import each other by name, as they do when one is run."""
+"""The files of benchmarks/ as they are installed: modules of vlp_fast.benchmarks."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="session")
 def benchmark_module():
     """Imports a file of benchmarks/ by its name."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
+    return lambda name: importlib.import_module(f"vlp_fast.benchmarks.{name}")
