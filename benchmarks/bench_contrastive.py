@@ -1,53 +1,63 @@
-"""Contrastive losses in blocks of rows, against the whole matrix of similarities.
+"""Contrastive losses in blocks of rows, against the whole matrix of similarities; in fp32, as models compute them.
 
-    python benchmarks/bench_contrastive.py [--device cpu] [--batch 1024] [--seconds 4] [--json F]
-
-Cases: CLIP's and CoCa's loss over a batch; BLIP's with a queue of 57,600 and soft targets, both in fp32 as models compute them.
+CLIP's and CoCa's loss over a batch; BLIP's with a queue of 57,600 and soft targets.
 """
 
-import sys
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Case, main, parser
+from torch import Tensor
 
+from vlp_fast.benchmarks.registry import Entry, Options
+from vlp_fast.benchmarks.side_by_side import Operation, entries, smaller
 from vlp_fast.ops import contrastive_loss, distilled_contrastive_loss
 
+__all__ = ["PROVIDERS", "cases"]
 
-def plain_contrastive(a, b, scale):
-    """Both directions over one matrix."""
-    s, labels = scale * a @ b.T, torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels)) / 2
+PROVIDERS = {"contrastive": ("plain", "vlp_fast")}
+QUEUE = 57600
+NOTE = "computed in fp32 whatever the dtype, as models do"
 
 
-def cases(arguments):
+def cases(options: Options) -> Iterator[Entry]:
     """Batch against batch, and batch against queue."""
-    device, batch = arguments.device, arguments.batch
+    pairs, queue = 128 * options.batch, smaller(QUEUE, options)
+    yield from entries("contrastive", f"CLIP, {pairs} pairs of 512", partial(_clip, pairs, options), options)
+    name = f"BLIP, {options.batch} pairs of 256, queue {queue}"
+    yield from entries("contrastive", name, partial(_blip, options.batch, queue, options), options)
 
-    def features(rows, dim):
-        return F.normalize(torch.randn(rows, dim, device=device), dim=1)
 
-    scale = torch.tensor(14.0, device=device, requires_grad=True)
-    pairs = [features(batch, 512).requires_grad_() for _ in range(2)]
-    providers = {"plain": plain_contrastive, "vlp_fast": contrastive_loss}
-    yield Case(f"CLIP: {batch} pairs, width 512", [*pairs, scale], providers)
+def _features(rows: int, dim: int, options: Options) -> Tensor:
+    return F.normalize(torch.randn(rows, dim, device=options.device), dim=1)
 
-    few = 8
-    student, teacher, keys = features(few, 256).requires_grad_(), features(few, 256), features(few + 57600, 256)
 
-    def plain(f, s):
+def _scale(options: Options) -> Tensor:
+    return torch.tensor(14.0, device=options.device, requires_grad=True)
+
+
+def _clip(pairs: int, options: Options) -> Operation:
+    def plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        s, labels = scale * a @ b.T, torch.arange(len(a), device=a.device)
+        return (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels)) / 2
+
+    sides = [_features(pairs, 512, options).requires_grad_() for _ in range(2)]
+    return Operation([*sides, _scale(options)], {"plain": plain, "vlp_fast": contrastive_loss}, note=NOTE)
+
+
+def _blip(pairs: int, queue: int, options: Options) -> Operation:
+    student, teacher = _features(pairs, 256, options).requires_grad_(), _features(pairs, 256, options)
+    keys = _features(pairs + queue, 256, options)
+
+    def plain(f: Tensor, s: Tensor) -> Tensor:
         t, k = teacher.to(f.dtype), keys.to(f.dtype)
         with torch.no_grad():
             targets = 0.4 * torch.softmax(s * t @ k.T, 1)
             targets.diagonal().add_(0.6)
         return -(targets * torch.log_softmax(s * f @ k.T, 1)).sum(1).mean()
 
-    ours = {"plain": plain, "vlp_fast": lambda f, s: distilled_contrastive_loss(f, teacher, keys, s, 0.4)}
-    yield Case(f"BLIP: {few} pairs, queue 57600, width 256", [student, scale], ours)
-
-
-if __name__ == "__main__":
-    options = parser("Contrastive losses against the whole matrix of similarities.")
-    options.add_argument("--batch", type=int, default=1024, help="pairs (default: 1024)")
-    chosen = options.parse_args()
-    sys.exit(main(chosen, lambda: cases(chosen)))
+    providers = {"plain": plain, "vlp_fast": lambda f, s: distilled_contrastive_loss(f, teacher, keys, s, 0.4)}
+    return Operation([student, _scale(options)], providers, reads=[teacher, keys], note=NOTE)

@@ -1,35 +1,52 @@
 """fp32 matrix products on a CPU: the library that the torch backend chooses against PyTorch's own choice.
 
-    python benchmarks/bench_products.py [--threads 1] [--seconds 4] [--json F]
-
-Shapes: the forward, the gradient of the rows and that of the weight of BEiT-3 base's layers, over 8 images of 197 tokens and over
-8 captions; and words of BLIP. On a processor where both are the same library the ratios are 1.
+The forward, the gradient of the rows and that of the weight of a base model's layers, over images of 197 tokens and over captions; and
+words of BLIP. On a processor where both are the same library the ratios are 1.
 """
 
-import sys
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from side_by_side import Case, main, parser
+from torch import Tensor
 
+from vlp_fast.benchmarks.registry import Entry, NotHere, Options
+from vlp_fast.benchmarks.side_by_side import FORWARD, Operation, entries, smaller
 from vlp_fast.ops._products import fp32_products, mm
 
-SHAPES = {"8 images, fc1": (1576, 768, 3072), "8 images, fc2": (1576, 3072, 768), "8 captions, fc1": (112, 768, 3072)}
-SHAPES["BLIP words"] = (512, 768, 30524)
+__all__ = ["PROVIDERS", "cases"]
+
+PROVIDERS = {"products": ("torch.mm", "vlp_fast")}
+# of x [rows, in], weight [out, in] and dout [rows, out]
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
+    "x W^T": lambda x, weight, dout: [x, weight.t()],
+    "dout W": lambda x, weight, dout: [dout, weight],
+    "dout^T x": lambda x, weight, dout: [dout.t(), x],
+}
 
 
-def cases(arguments):
+def cases(options: Options) -> Iterator[Entry]:
     """Every product of a layer's step."""
-    for name, (rows, width_in, width_out) in SHAPES.items():
-        x, weight, dout = (torch.randn(a, b) for a, b in ((rows, width_in), (width_out, width_in), (rows, width_out)))
-        for product, operands in {
-            "x W^T": (x, weight.t()), "dout W": (dout, weight), "dout^T x": (dout.t(), x),
-        }.items():  # fmt: skip
-            providers = {"torch.mm": torch.mm, f"vlp_fast ({fp32_products()[0]})": mm}
-            yield Case(f"{name}, {product}: {rows} x {width_in} x {width_out}", operands, providers, directions=("fwd",))
+    batch = options.batch
+    for name, sizes in {
+        f"{batch} images, fc1": (197 * batch, 768, 3072),
+        f"{batch} images, fc2": (197 * batch, 3072, 768),
+        f"{batch} captions, fc1": (14 * batch, 768, 3072),
+        "BLIP words": (64 * batch, 768, smaller(30524, options)),
+    }.items():
+        for product, operands in PRODUCTS.items():
+            title = f"{name}, {product} of {' x '.join(map(str, sizes))}"
+            yield from entries("products", title, partial(_operation, sizes, operands, options), options, (FORWARD,))
 
 
-if __name__ == "__main__":
-    chosen = parser("fp32 products on a CPU.").parse_args()
-    if (chosen.device, chosen.dtype) != ("cpu", "fp32"):
-        sys.exit("fp32 on the CPU is all there is to choose; received " + f"{chosen.dtype} on {chosen.device}.")
-    sys.exit(main(chosen, lambda: cases(chosen)))
+def _operation(
+    sizes: tuple[int, int, int], operands: Callable[[Tensor, Tensor, Tensor], list[Tensor]], options: Options
+) -> Operation:
+    if (options.device, options.dtype) != ("cpu", "fp32"):
+        raise NotHere("fp32 on the CPU is all there is to choose")
+    rows, width_in, width_out = sizes
+    x, weight, dout = (torch.randn(a, b) for a, b in ((rows, width_in), (width_out, width_in), (rows, width_out)))
+    providers: dict[str, Callable[..., Tensor]] = {"torch.mm": torch.mm, "vlp_fast": mm}
+    return Operation(operands(x, weight, dout), providers, facts={"library": fp32_products()[0]})
