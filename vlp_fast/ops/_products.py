@@ -7,6 +7,7 @@ its 16-bit products, uses AVX-512 on all that have it, and is twice as fast ther
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from vlp_fast.ops.packing import any_packed, find_packed
 
-__all__ = ["fp32_products", "fuses_gelu", "is_bf16_for_onednn", "is_for_onednn", "linear_gelu", "mm", "onednn_is_faster"]
+__all__ = [
+    "fp32_products",
+    "fuses_gelu",
+    "is_bf16_for_onednn",
+    "is_for_onednn",
+    "linear_bf16",
+    "linear_gelu",
+    "mm",
+    "onednn_is_faster",
+]
 
 # multiply-adds below which oneDNN's greater cost per call (10 us) outweighs what it saves
 LEAST = 2**21
@@ -69,9 +79,14 @@ def mm(
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight.T + bias for x ``[..., in]`` of which `is_bf16_for_onednn` is true, and a contiguous weight ``[out, in]``; no gradient."""
+    return _linear_pointwise()(x if x.is_contiguous() else x.contiguous(), weight, bias.contiguous(), "none", [], "")
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """GELU(x @ weight.T + bias) in one pass of oneDNN, the GELU (with erf) of sums in fp32. As `mm`: CPU, one dtype, no gradient."""
-    packed = find_packed(weight.t())
+    packed = find_packed(weight.t()) if any_packed() else None
     return _linear(x, weight if packed is None else packed, bias, "gelu", "none")
 
 
@@ -86,10 +101,14 @@ def is_bf16_for_onednn(x: Tensor) -> bool:
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
+        and _supports_bf16()
         and bool(torch.backends.mkldnn.enabled)
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
+
+
+@lru_cache(maxsize=1)
+def _supports_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_for_onednn(x: Tensor, multiply_adds: int) -> bool:
@@ -117,7 +136,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
     if not (weight.is_mkldnn or _by_rows(weight) or _by_rows(weight.t())):
         weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x if _by_rows(x) else x.contiguous(), weight, bias, activation, [], form)
+    return _linear_pointwise()(x if _by_rows(x) else x.contiguous(), weight, bias, activation, [], form)
+
+
+@lru_cache(maxsize=1)
+def _linear_pointwise() -> Callable[..., Tensor]:
+    """The overload itself, which costs a call less than choosing it; a PyTorch without oneDNN has none."""
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def _by_rows(x: Tensor) -> bool:

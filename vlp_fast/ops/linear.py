@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlp_fast.ops import _products
 from vlp_fast.ops._direct import runs_directly
-from vlp_fast.ops._products import is_bf16_for_onednn, is_for_onednn, mm
+from vlp_fast.ops._products import is_bf16_for_onednn, is_for_onednn, linear_bf16, mm
 from vlp_fast.ops.multiway import multiway_linear
 from vlp_fast.ops.packing import any_packed
 
@@ -29,10 +29,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises: what ``torch.nn.functional.linear`` raises.
     """
     if _fits(x, weight, bias):
+        if (
+            bias is not None
+            and is_bf16_for_onednn(x)
+            and not any_packed()
+            and weight.is_contiguous()
+            and runs_directly("torch", x, weight, bias)
+        ):
+            return linear_bf16(x, weight, bias)
         rows, shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
         for_onednn = is_for_onednn(x, x.numel() * weight.shape[0])
         # where some weights are packed, mm sees whether this one is
-        if (for_onednn or any_packed() or is_bf16_for_onednn(x)) and runs_directly("torch", x, weight, bias):
+        if (for_onednn or any_packed()) and runs_directly("torch", x, weight, bias):
             return mm(x.reshape(rows, weight.shape[1]), weight.t(), bias).view(shape)
         if for_onednn:
             biases = None if bias is None else bias[None]
