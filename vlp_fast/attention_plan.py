@@ -363,6 +363,8 @@ def _facts(query: Segments, key: Segments, edges: np.ndarray, max_edges: int) ->
 def _pairs(query: Segments, key: Segments, edges: np.ndarray) -> int:
     n = np.asarray(query.lengths, np.int64)[edges[:, 0]]
     m = np.asarray(key.lengths, np.int64)[edges[:, 1]]
+    if not edges[:, 2].any():
+        return int((n * m).sum())
     shown = np.minimum(n, m)  # causal rows that read any key: the last min(n, m); row r of them reads r + 1 + max(m - n, 0)
     causal = shown * (shown + 1) // 2 + shown * np.maximum(m - n, 0)
     return int(np.where(edges[:, 2] > 0, causal, n * m).sum())

@@ -111,7 +111,22 @@ def _pairs(plan: AttentionPlan) -> list[tuple[int, int, _Group]]:
     return [(m, n, _Group([i], [i], [(i, bool(causal))])) for i, (n, m, causal) in enumerate(edges) if n and m]
 
 
+def _uniform(plan: AttentionPlan) -> PaddedPlan | None:
+    """The plan of equally long pairs, all full or all causal triangles: the packed rows as they are. None for others."""
+    facts = plan.facts
+    n, m = facts.max_seqlen_q, facts.max_seqlen_k
+    triangles = facts.all_causal and n == m
+    if not (facts.one_to_one and facts.uniform and n and m and (triangles or not facts.has_causal)):
+        return None
+    count = facts.num_query_segments
+    query_rows, key_rows = (_to_device(np.arange(count * length), plan.device) for length in (n, m))
+    return PaddedPlan((PaddedBucket(count, n, m, query_rows, key_rows, 0, 0, None, triangles),), None)
+
+
 def _from_host(plan: AttentionPlan) -> PaddedPlan:
+    uniform = _uniform(plan)
+    if uniform is not None:
+        return uniform
     sized = _pairs(plan) if plan.facts.one_to_one else _groups(plan)
     order = sorted(range(len(sized)), key=lambda i: sized[i][:2])
     chunks: list[list[int]] = []
