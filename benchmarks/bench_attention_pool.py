@@ -1,7 +1,7 @@
 """Attentional pooling: with one query K and V are never formed, against nn.MultiheadAttention; and with 256 queries.
 
 "nn.MultiheadAttention" follows a LayerNorm of the tokens, its query expanded to the batch, as in open_clip's pooler; ours is
-`AttentionalPooler` with the same weights. Tokens get a gradient; the weights' products are left out. CoCa and MAP poolers at 576 tokens.
+`AttentionalPooler` with the same weights. Tokens get a gradient, weights none. CoCa and MAP poolers at 576 tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def cases(options: Options) -> Iterator[Entry]:
 def _operation(queries: int, batch: int, options: Options) -> Operation:
     device, dtype, dim = options.device, DTYPES[options.dtype], smaller(DIM, options)
     x = torch.randn(batch, TOKENS, dim, device=device, dtype=dtype).requires_grad_()
-    module = AttentionalPooler(dim, dim, HEADS, queries).to(device, dtype)
-    twin = nn.MultiheadAttention(dim, HEADS, batch_first=True).to(device, dtype)
+    module = AttentionalPooler(dim, dim, HEADS, queries).to(device, dtype).requires_grad_(False)
+    twin = nn.MultiheadAttention(dim, HEADS, batch_first=True).to(device, dtype).requires_grad_(False)
     twin.load_state_dict(module.attn.state_dict())
 
     def pooled(module: AttentionalPooler, twin: nn.MultiheadAttention, x: Tensor) -> Tensor:

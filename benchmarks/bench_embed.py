@@ -98,7 +98,7 @@ def _case(model: Model, tower: str, batch: int, options: Options) -> Case:
     except ImportError as error:
         theirs, absent[model.peer] = None, f"not installed ({error})"
     held = {OURS: ours, model.peer: theirs}
-    held = {name: one.to(options.device, dtype) for name, one in held.items() if one is not None}
+    held = {name: one.to(options.device, dtype).requires_grad_(False) for name, one in held.items() if one is not None}
     del ours, theirs
     if tower == "image":
         given = torch.randn(batch, 3, size.image, size.image).to(options.device, dtype)

@@ -47,7 +47,7 @@ def test_kernels_case_is_right_and_complete(entry):
     assert any(name.startswith(OURS) for name in case.calls)
     assert case.least_bytes > 0
     for call in case.calls.values():
-        call()
+        assert runner.count_flops(call) >= 0
 
 
 def test_kernels_names_say_operation_shape_and_direction():
@@ -151,6 +151,8 @@ def test_embed_case_is_right(name, dtype):
     assert (case.baseline in case.calls) != (case.baseline in case.absent)
     assert case.unit == f"{name.partition(',')[0].split()[-1]}s"
     assert case.work == int(name.split()[-1])
+    flops = {provider: runner.count_flops(call) for provider, call in case.calls.items()}
+    assert 0 < flops[OURS] == flops[f"{OURS}, packed weights"] <= flops.get(case.baseline, flops[OURS])
 
 
 def test_embed_has_both_towers_at_several_batches():
