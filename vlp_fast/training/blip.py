@@ -7,6 +7,7 @@ padding exists anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -50,14 +51,16 @@ class BlipPretraining(PretrainingObjective):
     Args:
         config: of the model. schedule: "packed": the passes that match and caption are one forward, which projects each image to keys and
             values once per layer; or "published", one forward each.
+        losses: some of "itc", "itm", "lm"; None: all. What serves only losses left out does not run (the momentum encoders serve "itc")
+            and gets no gradient.
 
     Example: ``losses = step(batch); step.total(losses).backward()``
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"itc": 1.0, "itm": 1.0, "lm": 1.0}
 
-    def __init__(self, config: BlipConfig, schedule: str = "packed") -> None:
-        super().__init__(schedule)
+    def __init__(self, config: BlipConfig, schedule: str = "packed", losses: Sequence[str] | None = None) -> None:
+        super().__init__(schedule, losses)
         self.model = Blip(config)
         self.momentum = BlipMomentum(self.model)
 
@@ -85,68 +88,83 @@ class BlipPretraining(PretrainingObjective):
                 ``[captions]`` each; default: drawn by similarity. They are read on the host, the one place where a step waits for the
                 device: captions differ in length.
 
-        Returns: scalars "itc", "itm", "lm".
+        Returns: scalars "itc", "itm", "lm", or those of them that `losses` names.
+        Raises: ValueError for "itm" without "itc", whose similarities say which negatives are hard, and without `negatives`.
         """
+        if "itm" in self.losses and "itc" not in self.losses and negatives is None:
+            raise ValueError("negatives must be given for itm without itc, which draws them; received None.")
         model, ids, captions, size = self.model, batch.token_ids, batch.segments(), batch.batch_size
         image_of = batch.image_of()
+        made: dict[str, Tensor] = {}
         with torch.no_grad():
             model.temperature.clamp_(*TEMPERATURE_RANGE)
-        with loss_scope("itc"):
+        with loss_scope(self.losses[0]):
             image = model.encode_image(batch.images)
-            image_features = batch.of_captions(image.features)
-            text_features = model.encode_text(ids, captions, whole=not self.packed)
-            with torch.no_grad():
-                self.momentum.update(model)
-                image_keys, text_keys = self._keys(batch)
-            own, scale = slice(0, size), 1.0 / model.temperature
-            i2t = losses.distilled_contrastive_loss(
-                image_features, image_keys[own], text_keys, scale, alpha, backend=self.backend
-            )
-            t2i = losses.distilled_contrastive_loss(
-                text_features, text_keys[own], image_keys, scale, alpha, backend=self.backend
-            )
-            itc = (i2t + t2i) / 2
-            self.momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
-            if negatives is None:
-                negatives = (
-                    losses.hard_negatives(text_features, image_keys[own], scale, backend=self.backend),
-                    losses.hard_negatives(image_features, text_keys[own], scale, backend=self.backend),
-                )
+        if "itc" in self.losses:
+            with loss_scope("itc"):
+                made["itc"], drawn = self._contrast(batch, image.features, alpha, negatives is None and "itm" in self.losses)
+                negatives = negatives or drawn
+
+        passes: list[TextPass] = []
+        if "itm" in self.losses:
+            assert negatives is not None
             # the step's one host sync: captions differ in length, so which are negatives decides how many rows follow
             other_image, other_caption = torch.stack(negatives).tolist()
-
-        rows, other_captions = captions.take(other_caption)
-        both_ids = torch.cat([ids, ids[rows]])
-        both = Segments([*captions.lengths, *other_captions.lengths], ids.device)
-        predicts, words, word_segments = captions.rows_before_last(1), ids, captions
+            rows, other_captions = captions.take(other_caption)
+            both_ids = torch.cat([ids, ids[rows]])
+            both = Segments([*captions.lengths, *other_captions.lengths], ids.device)
+            passes += [
+                model.matching_pass("itm_positive", ids, captions, image_of),
+                model.matching_pass("itm_negative", both_ids, both, [*(image_of[i] for i in other_image), *image_of]),
+            ]
         # nothing reads the last row of a causal pass: its token is predicted only
         without_last = self.packed and min(captions.lengths) > 1
-        if without_last:
-            words, word_segments = ids[predicts], Segments([n - 1 for n in captions.lengths], ids.device)
-        passes = [
-            model.matching_pass("itm_positive", ids, captions, image_of),
-            model.matching_pass("itm_negative", both_ids, both, [*(image_of[i] for i in other_image), *image_of]),
-            model.captioning_pass(words, word_segments, image_of),
-        ]
+        if "lm" in self.losses:
+            predicts, words, word_segments = captions.rows_before_last(1), ids, captions
+            if without_last:
+                words, word_segments = ids[predicts], Segments([n - 1 for n in captions.lengths], ids.device)
+            passes.append(model.captioning_pass(words, word_segments, image_of))
         found: list[Tensor] = []
-        for group in self.grouped(passes):
+        for group in self.grouped(passes) if passes else []:
             with loss_scope(str(group[0].loss)):
                 found += model.text_tower(group, image.rows, image.segments, whole=not self.packed)
-        positive, negative, hidden = found
 
-        with loss_scope("itm"):
-            itm = losses.matching_loss(model.matching_logits(torch.cat([positive, negative])), num_positive=size)
-        with loss_scope("lm"):
-            weight, bias = model.word_weights()
-            lm = linear_cross_entropy(
-                model.word_hidden(hidden if without_last else hidden[predicts]),
-                weight,
-                ids[predicts + 1],
-                bias,
-                label_smoothing=LABEL_SMOOTHING,
-                backend=self.backend,
+        if "itm" in self.losses:
+            with loss_scope("itm"):
+                made["itm"] = losses.matching_loss(model.matching_logits(torch.cat(found[:2])), num_positive=size)
+        if "lm" in self.losses:
+            with loss_scope("lm"):
+                weight, bias = model.word_weights()
+                made["lm"] = linear_cross_entropy(
+                    model.word_hidden(found[-1] if without_last else found[-1][predicts]),
+                    weight,
+                    ids[predicts + 1],
+                    bias,
+                    label_smoothing=LABEL_SMOOTHING,
+                    backend=self.backend,
+                )
+        return made
+
+    def _contrast(
+        self, batch: Batch, features: Tensor, alpha: float, draw: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The contrastive loss, after which keys and queue have moved on; and, with `draw`, hard negatives of both kinds."""
+        model, own, backend = self.model, slice(0, batch.batch_size), self.backend
+        image_features, negatives = batch.of_captions(features), None
+        text_features = model.encode_text(batch.token_ids, batch.segments(), whole=not self.packed)
+        with torch.no_grad():
+            self.momentum.update(model)
+            image_keys, text_keys = self._keys(batch)
+        scale = 1.0 / model.temperature
+        i2t = losses.distilled_contrastive_loss(image_features, image_keys[own], text_keys, scale, alpha, backend=backend)
+        t2i = losses.distilled_contrastive_loss(text_features, text_keys[own], image_keys, scale, alpha, backend=backend)
+        self.momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
+        if draw:
+            negatives = (
+                losses.hard_negatives(text_features, image_keys[own], scale, backend=backend),
+                losses.hard_negatives(image_features, text_keys[own], scale, backend=backend),
             )
-        return {"itc": itc, "itm": itm, "lm": lm}
+        return (i2t + t2i) / 2, negatives
 
     def _keys(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Momentum features of this batch, then the queue: ``[captions + queue, embed_dim]`` for images and for captions."""

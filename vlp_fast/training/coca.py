@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -25,13 +26,16 @@ class CocaPretraining(PretrainingObjective):
 
     Args:
         config: of the model, the paper's or open_clip's. schedule: "packed" or "published", which are the same here: each tower runs
-            once, and what it gives serves both losses.
+            once, and what it gives serves both losses. losses: "contrastive", "caption" or None, both; without the second the decoder
+            does not run, and its parameters get no gradient.
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"contrastive": 1.0, "caption": 2.0}
 
-    def __init__(self, config: CocaConfig | OpenClipCocaConfig, schedule: str = "packed") -> None:
-        super().__init__(schedule)
+    def __init__(
+        self, config: CocaConfig | OpenClipCocaConfig, schedule: str = "packed", losses: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(schedule, losses)
         if isinstance(config, OpenClipCocaConfig):
             self.model, self.ignored_word = OpenClipCoca(config), config.pad_id  # which is a word of its vocabulary too
         else:
@@ -50,16 +54,20 @@ class CocaPretraining(PretrainingObjective):
             batch: images and packed captions (start, words, end). An image with several captions is encoded once and counts in the
                 contrast as often as it has captions.
 
-        Returns: scalars "contrastive", "caption".
+        Returns: scalars "contrastive", "caption", or the one that `losses` names.
         """
         model, captions = self.model, batch.segments()
+        made: dict[str, Tensor] = {}
         with loss_scope("contrastive"):
             image, text = model.encode(batch.images, batch.token_ids, captions)
-            scale, features = model.logit_scale.exp(), batch.of_captions(image.features)
-            contrastive = losses.contrastive_loss(features, text.features, scale, backend=self.backend)
-        with loss_scope("caption"):
-            hidden, rows = model.word_hidden(text, image, batch.image_of())
-            words = model.text_decoder.words.weight
-            targets = batch.token_ids[rows + 1]
-            caption = linear_cross_entropy(hidden, words, targets, ignore_index=self.ignored_word, backend=self.backend)
-        return {"contrastive": contrastive, "caption": caption}
+            if "contrastive" in self.losses:
+                scale, features = model.logit_scale.exp(), batch.of_captions(image.features)
+                made["contrastive"] = losses.contrastive_loss(features, text.features, scale, backend=self.backend)
+        if "caption" in self.losses:
+            with loss_scope("caption"):
+                hidden, rows = model.word_hidden(text, image, batch.image_of())
+                words = model.text_decoder.words.weight
+                made["caption"] = linear_cross_entropy(
+                    hidden, words, batch.token_ids[rows + 1], ignore_index=self.ignored_word, backend=self.backend
+                )
+        return made

@@ -24,19 +24,25 @@ class PretrainingObjective(nn.Module):
 
     Args:
         schedule: how passes are grouped into forwards: "packed" or "published". Losses and gradients are the same.
+        losses: names of those to make, where the objective lets some be left out; None: all. What is left out costs no forward pass.
 
     Attributes:
+        losses: names of those made, in the order of `loss_weights`.
         loss_weights: weight of each named loss in `total`.
     """
 
     loss_weights: ClassVar[Mapping[str, float]] = {}
     model: Any  # the model, with its `config`
 
-    def __init__(self, schedule: str) -> None:
+    def __init__(self, schedule: str, losses: Sequence[str] | None = None) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; received {schedule!r}.")
+        unknown = sorted(set(losses or ()) - set(self.loss_weights))
+        if unknown or (losses is not None and not losses):
+            raise ValueError(f"losses must name some of {', '.join(self.loss_weights)}; received {list(losses or ())}.")
         self.schedule = schedule
+        self.losses = tuple(name for name in self.loss_weights if losses is None or name in losses)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's; under autocast the forwards of this step share their casts of parameters."""
