@@ -10,13 +10,27 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from vlp_fast.ops import backend_status
 
-__all__ = ["DTYPES", "OURS", "SIZES", "SUITES", "Case", "Entry", "NotHere", "Options", "Suite", "cases_of", "own_backends"]
+__all__ = [
+    "DTYPES",
+    "OURS",
+    "SIZES",
+    "SUITES",
+    "Case",
+    "Entry",
+    "NotHere",
+    "Options",
+    "Suite",
+    "cases_of",
+    "module_of",
+    "own_backends",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = ("tiny", "small", "base")
@@ -141,6 +155,11 @@ SUITES = {
 }
 
 
+def module_of(suite: str) -> ModuleType:
+    """The file of a suite: its `cases`, and its `finish` where it adds to a finished report."""
+    return importlib.import_module(f"vlp_fast.benchmarks.{SUITES[suite].module}")
+
+
 def cases_of(suite: str, options: Options) -> Iterator[Entry]:
     """The entries of a suite that `options.only` names.
 
@@ -148,8 +167,7 @@ def cases_of(suite: str, options: Options) -> Iterator[Entry]:
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}; received {suite!r}.")
-    module = importlib.import_module(f"vlp_fast.benchmarks.{SUITES[suite].module}")
-    entries = list(module.cases(SUITES[suite].settled(options)))
+    entries = list(module_of(suite).cases(SUITES[suite].settled(options)))
     wanted = [e for e in entries if not options.only or any(part.lower() in e.name.lower() for part in options.only)]
     if not wanted:
         raise ValueError(

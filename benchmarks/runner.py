@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlp_fast.benchmarks.registry import DTYPES, OURS, SUITES, Case, NotHere, Options, cases_of
+from vlp_fast.benchmarks.registry import DTYPES, OURS, SUITES, Case, NotHere, Options, cases_of, module_of
 from vlp_fast.environment import stamp
 from vlp_fast.measuring import measure, peak_memory, prepare_process
 from vlp_fast.ops import linear
@@ -43,7 +43,7 @@ def run_suite(
          rows: [{case, provider, ours, speedup, ms_median, ms_q1, ms_q3, ms_min, ms_max, steps, gflops, gflops_per_second, ceiling_share,
                  gb_per_second, copy_share, per_second, unit, peak_mb, memory_ratio, and the case's facts}],
          wrong: [{case, provider, reason}], absent: [{case, provider, reason}], notes: [{case, note}]}
-        Numbers that are not known are None.
+        Numbers that are not known are None. A suite's own `finish(report) -> dict` adds to it.
     Raises: ValueError for options that no case fits.
     """
     options = SUITES[suite].settled(options)
@@ -65,7 +65,8 @@ def run_suite(
         )
         del case
         gc.collect()
-    return report
+    finish = getattr(module_of(suite), "finish", None)
+    return report if finish is None else report | finish(report)
 
 
 def _stamp(suite: str, options: Options) -> dict[str, Any]:

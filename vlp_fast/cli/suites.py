@@ -53,7 +53,7 @@ def run_suites(
             path = json_file if len(suites) == 1 else json_file.with_name(f"{json_file.stem}-{suite}{json_file.suffix}")
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if png_file is not None:
-            from vlp_fast.benchmarks.bench_scaling import plot_scaling
+            from vlp_fast.benchmarks.scaling_plot import plot_scaling
             from vlp_fast.cli.plots import save
 
             save(plot_scaling(report), png_file)
