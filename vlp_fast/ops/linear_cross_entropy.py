@@ -183,7 +183,10 @@ class _Chunks:
         chunks = range(0, n, self.rows)
         dhidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
         direct = len(chunks) == 1 or weight.dtype == statistics  # no sum of 16-bit numbers over chunks
-        dweight = weight.new_zeros(weight.shape if needs[1] else (0,), dtype=None if direct else statistics)
+        # written by the first chunk; without rows nothing is
+        dweight = (weight.new_empty if n else weight.new_zeros)(
+            weight.shape if needs[1] else (0,), dtype=weight.dtype if direct else statistics
+        )
         dbias = weight.new_zeros(weight.shape[:1] if needs[2] else (0,), dtype=statistics)
         for first in chunks:
             part = slice(first, min(first + self.rows, n))
@@ -200,9 +203,10 @@ class _Chunks:
             if needs[0]:
                 mm(logits, weight, out=dhidden[part])
             if needs[1] and direct:
-                mm(logits.T, hidden[part], residual=dweight, out=dweight)
+                mm(logits.T, hidden[part], residual=dweight if first else None, out=dweight)
             elif needs[1]:
-                dweight += mm(logits.T, hidden[part])
+                product = mm(logits.T, hidden[part])
+                dweight = dweight.add_(product) if first else dweight.copy_(product)
             del logits, work  # before the next chunk takes its memory
         return losses, all_lse, [dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)]
 
