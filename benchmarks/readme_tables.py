@@ -1,0 +1,325 @@
+"""``make readme-tables``: writes the measured tables of README.md and docs/PERFORMANCE.md from the reports in benchmarks/results/.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; what a command prints, between
+``<!-- printed by: vlp-fast ... -->`` and ``<!-- end of print -->``, in a fence. Nothing else of a file is touched. `unsourced` finds
+numbers outside of these that claim a measurement: each must be in a report, or be followed by a comment that says where it is,
+``<!-- source: cpu-kernels-fp32.json, CASE, PROVIDER, speedup -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FILES", "RESULTS", "TABLES", "rewritten", "unsourced"]
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+FILES = (ROOT / "README.md", ROOT / "docs/PERFORMANCE.md")
+TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PRINT = re.compile(r"(<!-- printed by: vlp-fast ([^>]+?)(?:, first (\d+) lines)? -->\n).*?(<!-- end of print -->)", re.DOTALL)
+WIDTH = 100  # of what a command prints
+
+
+def read(name: str) -> dict[str, Any]:
+    """A report. Raises: FileNotFoundError that names it."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"benchmarks/results/{path.name} is not there, and a table is made of it.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- tables
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"x{value:.2f}"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{_ms(row['ms_median'])} ({_ms(row['ms_q1'])}-{_ms(row['ms_q3'])})"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _measured_on(suite: str, *reports: dict[str, Any]) -> str:
+    """The line under a table."""
+    stamps = [report["stamp"] for report in reports]
+    first = stamps[0]
+    places = {(s["device_name"], s["threads"], s["torch"]) for s in stamps}
+    if len(places) != 1:
+        raise ValueError(f"one table is made of reports from different machines or versions: {sorted(places)}.")
+    commits = ", ".join(dict.fromkeys(s["commit"].removesuffix("-dirty") for s in stamps))
+    dates = ", ".join(dict.fromkeys(s["date"][:10] for s in stamps))
+    products = ", ".join(f"{r['ceilings']['gflops_per_second']:,.0f} GFLOP/s in {r['stamp']['dtype']}" for r in reports)
+    return (
+        f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}, batch {first['batch']}; products of this machine: "
+        f"{products}. Commit {commits}, {dates}; `vlp-fast bench --suite {suite}`."
+    )
+
+
+def _cases(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Case -> its rows by provider."""
+    for case in dict.fromkeys(row["case"] for row in report["rows"]):
+        yield case, {row["provider"]: row for row in report["rows"] if row["case"] == case}
+
+
+def _side_by_side(suite: str, names: list[str], ours: dict[str, str], rivals: str) -> str:
+    """A row for each case and dtype: the rivals with their time, and each of ours with time and ratio. ours: provider -> heading."""
+    reports, rows = [read(name) for name in names], []
+    for report in reports:
+        for case, found in _cases(report):
+            others = [row for row in found.values() if not row["ours"]]
+            theirs = "; ".join(f"{row['provider']}: {_spread(row)}" for row in others) or "not here"
+            cells = [f"{_ms(row['ms_median'])} ({_ratio(row['speedup'])})" if row else "-" for row in map(found.get, ours)]
+            rows.append([case, report["stamp"]["dtype"], theirs, *cells])
+    table = _markdown(["median ms", "dtype", rivals, *ours.values()], rows)
+    return f"{table}\n\n{_measured_on(suite, *reports)}"
+
+
+def _full(suite: str, names: list[str]) -> str:
+    """A row for each provider."""
+    reports, rows = [read(name) for name in names], []
+    memory = any(row["peak_mb"] is not None for report in reports for row in report["rows"])
+    for report in reports:
+        for case, found in _cases(report):
+            for number, row in enumerate(found.values()):
+                cells = [
+                    case if number == 0 else "",
+                    report["stamp"]["dtype"],
+                    row["provider"],
+                    _spread(row),
+                    str(row["steps"]),
+                ]
+                cells += [_ratio(row["speedup"]), f"{row['gflops']:,.3g}" if row["gflops"] < 100 else f"{row['gflops']:,.0f}"]
+                cells += [f"{100 * row['ceiling_share']:.0f} %"]
+                if memory:
+                    cells += ["-", "-"] if row["peak_mb"] is None else [f"{row['peak_mb']:,.0f}", _ratio(row["memory_ratio"])]
+                rows.append(cells)
+    head = ["case", "dtype", "provider", "median ms (quartiles)", "n", "speed", "GFLOPs", "of peak"]
+    table = _markdown(head + (["peak MB", "memory"] if memory else []), rows)
+    return f"{table}\n\n{_measured_on(suite, *reports)}"
+
+
+STEPS = ["cpu-steps-fp32", "cpu-steps-bf16"]
+GENERATION = ["cpu-generation-fp32", "cpu-generation-bf16"]
+EMBED = ["cpu-embed-fp32", "cpu-embed-bf16", "cpu-embed-small-fp32", "cpu-embed-small-bf16"]
+KERNELS = ["cpu-kernels-fp32", "cpu-kernels-bf16"]
+CHANGES = ["cpu-changes-fp32", "cpu-changes-bf16"]
+
+
+def _steps() -> str:
+    ours = {"vlp_fast published": "vlp_fast published", "vlp_fast packed": "packed"}
+    return _side_by_side("steps", STEPS, ours, "published code (quartiles)")
+
+
+def _generation() -> str:
+    ours = {"vlp_fast": "vlp_fast", "vlp_fast, packed": "within `packed_weights`"}
+    return _side_by_side("generate", GENERATION, ours, "rival (quartiles)")
+
+
+def _extra_caption() -> str:
+    """What a second caption of each image adds to a packed step."""
+    reports, rows = [read(name) for name in STEPS], []
+    for report in reports:
+        for case, found in _cases(report):
+            two = found.get("vlp_fast packed, 2 captions an image")
+            if two is not None:
+                one = found["vlp_fast packed"]["ms_median"]
+                cells = [case, report["stamp"]["dtype"], _ms(one), _ms(two["ms_median"])]
+                rows.append([*cells, f"{two['ms_median'] / one - 1:.2f} of a step"])
+    table = _markdown(["step", "dtype", "1 caption an image, ms", "2 captions, ms", "a caption more"], rows)
+    return f"{table}\n\n{_measured_on('steps', *reports)}"
+
+
+def _embed() -> str:
+    """Ours over the peer, at every size and batch."""
+    reports, by_case = [read(name) for name in EMBED], {}
+    for report in reports:
+        column = f"{report['stamp']['size']} {report['stamp']['dtype']}"
+        for case, found in _cases(report):
+            ratios = [_ratio(row["speedup"]) for row in found.values() if row["ours"]]
+            peer = next((row["provider"] for row in found.values() if not row["ours"]), "-")
+            by_case.setdefault((case, peer), {})[column] = ", ".join(ratios)
+    columns = [f"{r['stamp']['size']} {r['stamp']['dtype']}" for r in reports]
+    rows = [[case, peer, *(found.get(column, "-") for column in columns)] for (case, peer), found in by_case.items()]
+    table = _markdown(["case", "peer", *columns], rows)
+    return f"{table}\n\nSpeed over the peer, then the same within `packed_weights`. {_measured_on('embed', *reports)}"
+
+
+def _changes() -> str:
+    reports, rows = [read(name) for name in CHANGES], []
+    for report in reports:
+        notes = {line["case"]: line["note"].removeprefix("predicted: ") for line in report["notes"]}
+        for case, found in _cases(report):
+            tried = case.startswith("left out")
+            with_it, without = (found["tried"], found["vlp_fast"]) if tried else (found["vlp_fast"], _other(found))
+            gain = without["ms_median"] / with_it["ms_median"]
+            cells = [case, report["stamp"]["dtype"], f"{_ratio(with_it['predicted'])}: {notes.get(case, '-')}"]
+            rows.append([*cells, _spread(without), _spread(with_it), _ratio(gain)])
+    head = ["change", "dtype", "predicted", "without, ms (quartiles)", "with it", "gain"]
+    return f"{_markdown(head, rows)}\n\n{_measured_on('changes', *reports)}"
+
+
+def _other(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return next(row for provider, row in found.items() if provider != "vlp_fast")
+
+
+def _scaling() -> str:
+    report = read("cpu-scaling-fp32")
+    lines = [f"* {line['sentence']}" for line in report["fits"]]
+    return "\n".join([*lines, "", _measured_on("scaling", report)])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps": _steps,
+    "generation": _generation,
+    "extra-caption": _extra_caption,
+    "embed": _embed,
+    "changes": _changes,
+    "scaling": _scaling,
+    "all-steps": lambda: _full("steps --memory", STEPS),
+    "all-generation": lambda: _full("generate", GENERATION),
+    "kernels": lambda: _full("kernels", KERNELS),
+    "memory": lambda: _full("memory", ["cpu-memory-small-fp32"]),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------ rewriting
+
+
+def rewritten(text: str) -> str:
+    """The text with every table and print written anew. Raises: ValueError for a table that is not one of `TABLES`."""
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"a table must be one of {', '.join(TABLES)}; received {match[2]}.")
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
+
+    def printed(match: re.Match[str]) -> str:
+        lines = _print(match[2].split())
+        lines = lines[: int(match[3])] if match[3] else lines
+        return "\n".join([match[1].rstrip("\n"), "```", *(line.rstrip() for line in lines), "```", match[4]])
+
+    return PRINT.sub(printed, TABLE.sub(table, text))
+
+
+def _print(arguments: list[str]) -> list[str]:
+    """The lines that the command prints."""
+    import os
+
+    from typer.testing import CliRunner
+
+    from vlp_fast.cli import app
+
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(WIDTH)
+    try:
+        result = CliRunner().invoke(app, arguments)
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    if result.exit_code:
+        raise ValueError(f"vlp-fast {' '.join(arguments)} ends with {result.exit_code}: {result.output}")
+    return result.output.rstrip().split("\n")
+
+
+# -------------------------------------------------------------------------------------------------------------------- sources
+
+# a number with a unit of speed, time, memory or share, a ratio, or a word for one beside what is measured
+CLAIM = re.compile(
+    r"\bx(?P<x>\d+\.\d+)|\b(?P<times>\d+\.\d+)x|"
+    r"(?<![\w.,-])(?P<number>\d[\d,]*(?:\.\d+)?)\s?(?:ms|us|µs|seconds|minutes|GB/s|TB/s|T?GFLOP/s|GFLOPs?|images/s|tokens/s|MB|GB|%)(?!\w)|"
+    r"\b(?P<word>half|twice|thrice|third|quarter|fifth|eighth|tenth|factor of \w+|times (?:faster|slower|as \w+|the \w+))\b"
+    r"(?=[^|.]*\b(?:time|memory|speed|fast|slow|faster|slower|cost)\b)",
+    re.IGNORECASE,
+)
+SOURCE = re.compile(r"<!-- source: ([^,>]+), ([^>]+), ([^,>]+), (\w+) -->")
+WORDS = {"half": 0.5, "twice": 2.0, "thrice": 3.0, "third": 1 / 3, "quarter": 0.25, "fifth": 0.2, "eighth": 0.125, "tenth": 0.1}
+ROUGH = 0.2  # by which what a word says may differ from what was measured
+
+
+def unsourced(text: str) -> list[str]:
+    """Every claim outside tables, prints and fences without a source, as "line: claim"."""
+    known = _numbers()
+    kept = re.sub(r"```.*?```", _blank, PRINT.sub(_blank, TABLE.sub(_blank, text)), flags=re.DOTALL)
+    found = []
+    for number, line in enumerate(kept.split("\n"), 1):
+        prose = re.sub(r"`[^`]*`|<!--.*?-->", lambda match: " " * len(match[0]), line)
+        for claim in CLAIM.finditer(prose):
+            source = SOURCE.search(line, claim.end())
+            if not (_agrees(claim, [_value(source)]) if source else "word" not in _kind(claim) and _agrees(claim, known)):
+                found.append(f"{number}: {claim[0].strip()}")
+    return found
+
+
+def _blank(match: re.Match[str]) -> str:
+    return "\n" * match[0].count("\n")
+
+
+def _kind(claim: re.Match[str]) -> str:
+    return next(name for name, value in claim.groupdict().items() if value is not None)
+
+
+def _agrees(claim: re.Match[str], values: list[float]) -> bool:
+    kind = _kind(claim)
+    said = claim[kind].lower()
+    if kind == "word":
+        expected = WORDS.get(said)
+        return expected is not None and any(
+            min(abs(v / expected - 1), abs(1 / (v * expected) - 1)) <= ROUGH for v in values if v > 0
+        )
+    digits = len(said.partition(".")[2])
+    target = float(said.replace(",", ""))
+    scales = (1.0, 100.0) if "%" in claim[0] else (1.0,)
+    return any(round(scale * v, digits) == target for v in values for scale in scales)
+
+
+def _value(source: re.Match[str]) -> float:
+    report = json.loads((RESULTS / source[1].strip()).read_text(encoding="utf-8"))
+    rows = [row for row in report["rows"] if (row["case"], row["provider"]) == (source[2].strip(), source[3].strip())]
+    if len(rows) != 1:
+        raise ValueError(f"{source[1]} has {len(rows)} rows of {source[3]} at {source[2]}; a source needs one.")
+    return float(rows[0][source[4]])
+
+
+def _numbers() -> list[float]:
+    """Every number of every report."""
+
+    def leaves(value: Any) -> Iterator[float]:
+        if isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from leaves(part)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield float(value)
+
+    return [n for path in sorted(RESULTS.glob("*.json")) for n in leaves(json.loads(path.read_text(encoding="utf-8")))]
+
+
+def main() -> int:
+    """Rewrites the files; 1 where a claim has no source."""
+    missing = []
+    for path in FILES:
+        text = rewritten(path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
+        missing += [f"{path.relative_to(ROOT)}:{claim} has no source in benchmarks/results/" for claim in unsourced(text)]
+    for line in missing:
+        print(line, file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
