@@ -60,7 +60,7 @@ def _measured_on(suite: str, *reports: dict[str, Any]) -> str:
     places = {(s["device_name"], s["threads"], s["torch"]) for s in stamps}
     if len(places) != 1:
         raise ValueError(f"one table is made of reports from different machines or versions: {sorted(places)}.")
-    commits = ", ".join(dict.fromkeys(s["commit"].removesuffix("-dirty") for s in stamps))
+    commits = ", ".join(dict.fromkeys(s["commit"] for s in stamps))
     dates = ", ".join(dict.fromkeys(s["date"][:10] for s in stamps))
     products = ", ".join(f"{r['ceilings']['gflops_per_second']:,.0f} GFLOP/s in {r['stamp']['dtype']}" for r in reports)
     return (
@@ -178,7 +178,7 @@ def _other(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _scaling() -> str:
     report = read("cpu-scaling-fp32")
-    lines = [f"* {line['sentence']}" for line in report["fits"]]
+    lines = [f"* {line['model']}, {line['provider']}, {line['words']}" for line in report["fits"]]
     return "\n".join([*lines, "", _measured_on("scaling", report)])
 
 

@@ -114,7 +114,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for note in dict.fromkeys(line["note"] for line in report["notes"]):
         console.print(note)
     for line in report.get("fits", []):
-        console.print(line["sentence"])
+        console.print(f"{line['model']}, {line['provider']}, {line['words']}")
 
 
 def _by_reason(absent: list[dict[str, Any]]) -> dict[str, list[str]]:
