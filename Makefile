@@ -41,6 +41,9 @@ test-all: $(STAMP)  ## Run the tests, and published models in many more sizes
 bench: $(STAMP)  ## Measure the three models on this machine; writes bench-out/
 	$(BIN)/python benchmarks/run_all.py --out bench-out
 
+readme-tables: $(STAMP)  ## Write the tables of README.md and docs/PERFORMANCE.md from benchmarks/results/
+	$(BIN)/python benchmarks/readme_tables.py
+
 compile-gate: $(STAMP) $(OLDEST)  ## Compile kernels for GPUs that are not here, with the oldest and the newest Triton
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m vlp_fast.kernels._compile --check
 	$(BIN)/python -m vlp_fast.kernels._compile --check

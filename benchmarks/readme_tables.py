@@ -243,8 +243,8 @@ def _print(arguments: list[str]) -> list[str]:
 CLAIM = re.compile(
     r"\bx(?P<x>\d+\.\d+)|\b(?P<times>\d+\.\d+)x|"
     r"(?<![\w.,-])(?P<number>\d[\d,]*(?:\.\d+)?)\s?(?:ms|us|µs|seconds|minutes|GB/s|TB/s|T?GFLOP/s|GFLOPs?|images/s|tokens/s|MB|GB|%)(?!\w)|"
-    r"\b(?P<word>half|twice|thrice|third|quarter|fifth|eighth|tenth|factor of \w+|times (?:faster|slower|as \w+|the \w+))\b"
-    r"(?=[^|.]*\b(?:time|memory|speed|fast|slow|faster|slower|cost)\b)",
+    r"\b(?P<word>times (?:faster|slower)|(?:half|twice|thrice|third|quarter|fifth|eighth|tenth|factor of \w+|times (?:as|the))\b"
+    r"(?=[^|.]*\b(?:time|memory|speed|fast|slow|faster|slower|cost)\b))",
     re.IGNORECASE,
 )
 SOURCE = re.compile(r"<!-- source: ([^,>]+), ([^>]+), ([^,>]+), (\w+) -->")
