@@ -1,7 +1,7 @@
 """Suite "memory": the most resident memory of a process that takes one provider's pretraining steps, at its second step.
 
 The cases are those of suite "steps", each provider in a process of its own; on a CUDA device it is the memory of tensors. Their times are
-measured a few rounds long.
+those of one round.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "all-steps": lambda: _full("steps --memory", STEPS),
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),
-    "memory": lambda: _full("memory", ["cpu-memory-small-fp32"]),
+    "memory": lambda: _full("memory", ["cpu-memory-fp32", "cpu-memory-bf16"]),
 }
 
 
