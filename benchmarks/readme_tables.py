@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; what a command prints, between
 ``<!-- printed by: vlp-fast ... -->`` and ``<!-- end of print -->``, in a fence. Nothing else of a file is touched. `unsourced` finds
-numbers outside of these that claim a measurement: each must be in a report, or be followed by a comment that says where it is,
-``<!-- source: cpu-kernels-fp32.json, CASE, PROVIDER, speedup -->``.
+claims of a measurement outside of these: each must be followed by a comment that names the number it is of,
+``<!-- source: cpu-kernels-fp32.json, CASE, PROVIDER, speedup -->``, and agree with it to the digits written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from vlp_fast.evidence import MARKERS
 
 __all__ = ["FILES", "RESULTS", "TABLES", "rewritten", "unsourced"]
 
@@ -76,14 +78,23 @@ def _cases(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, An
 
 
 def _side_by_side(suite: str, names: list[str], ours: dict[str, str], rivals: str) -> str:
-    """A row for each case and dtype: the rivals with their time, and each of ours with time and ratio. ours: provider -> heading."""
+    """A row for each case, dtype and rival, with the time of each of ours and the ratio to that rival. ours: provider -> heading."""
     reports, rows = [read(name) for name in names], []
     for report in reports:
+        wrong = {(line["case"], line["provider"]) for line in report["wrong"]}
         for case, found in _cases(report):
-            others = [row for row in found.values() if not row["ours"]]
-            theirs = "; ".join(f"{row['provider']}: {_spread(row)}" for row in others) or "not here"
-            cells = [f"{_ms(row['ms_median'])} ({_ratio(row['speedup'])})" if row else "-" for row in map(found.get, ours)]
-            rows.append([case, report["stamp"]["dtype"], theirs, *cells])
+            others = [row for row in found.values() if not row["ours"]] or [None]
+            for number, rival in enumerate(others):
+                cells = [case if number == 0 else "", report["stamp"]["dtype"]]
+                cells.append("not here" if rival is None else f"{rival['provider']}: {_spread(rival)}")
+                for provider in ours:
+                    row = found.get(provider)
+                    if row is None:
+                        cells.append("wrong" if (case, provider) in wrong else "-")
+                        continue
+                    ratio = "" if rival is None else f" ({_ratio(rival['ms_median'] / row['ms_median'])})"
+                    cells.append(f"{_ms(row['ms_median'])}{ratio}")
+                rows.append(cells)
     table = _markdown(["median ms", "dtype", rivals, *ours.values()], rows)
     return f"{table}\n\n{_measured_on(suite, *reports)}"
 
@@ -239,11 +250,13 @@ def _print(arguments: list[str]) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------------------- sources
 
-# a number with a unit of speed, time, memory or share, a ratio, or a word for one beside what is measured
+# a ratio, a number with a unit of time, memory, rate or share, or a word that says as much
 CLAIM = re.compile(
-    r"\bx(?P<x>\d+\.\d+)|\b(?P<times>\d+\.\d+)x|"
-    r"(?<![\w.,-])(?P<number>\d[\d,]*(?:\.\d+)?)\s?(?:ms|us|µs|seconds|minutes|GB/s|TB/s|T?GFLOP/s|GFLOPs?|images/s|tokens/s|MB|GB|%)(?!\w)|"
-    r"\b(?P<word>times (?:faster|slower)|(?:half|twice|thrice|third|quarter|fifth|eighth|tenth|factor of \w+|times (?:as|the))\b"
+    r"\bx(?P<x>\d+(?:\.\d+)?)\b|(?<![\w.])(?P<times>\d+(?:\.\d+)?)x\b|"
+    r"(?<![\w.,-])(?P<number>\d[\d,]*(?:\.\d+)?)\s?(?:ms|us|µs|s|seconds?|minutes?|[MGT]i?B(?:/s)?|[GT]?FLOPs?(?:/s)?|%|percent|"
+    r"(?:images|texts|pairs|captions|tokens|words)(?:/s| a second))(?!\w)|"
+    r"\b(?P<word>halv(?:es?|ed|ing)|doubl(?:es?|ed|ing)|times (?:faster|slower|as|the)|"
+    r"(?:half|twice|thrice|third|quarter|fifth|eighth|tenth|factor of \w+)\b"
     r"(?=[^|.]*\b(?:time|memory|speed|fast|slow|faster|slower|cost)\b))",
     re.IGNORECASE,
 )
@@ -253,60 +266,42 @@ ROUGH = 0.2  # by which what a word says may differ from what was measured
 
 
 def unsourced(text: str) -> list[str]:
-    """Every claim outside tables, prints and fences without a source, as "line: claim"."""
-    known = _numbers()
-    kept = re.sub(r"```.*?```", _blank, PRINT.sub(_blank, TABLE.sub(_blank, text)), flags=re.DOTALL)
+    """Every claim outside tables, prints, fences and what ``vlp-fast evidence`` writes without a source that agrees, as "line: claim".
+
+    A comment speaks for the claim right before it on its line. Raises: ValueError for a comment that names no one row.
+    """
+    begin, end = (re.escape(marker) for marker in MARKERS)
+    kept = text
+    for pattern in (TABLE, PRINT, re.compile(f"{begin}.*?{end}", re.DOTALL), re.compile("```.*?```", re.DOTALL)):
+        kept = pattern.sub(lambda match: "\n" * match[0].count("\n"), kept)
     found = []
     for number, line in enumerate(kept.split("\n"), 1):
         prose = re.sub(r"`[^`]*`|<!--.*?-->", lambda match: " " * len(match[0]), line)
-        for claim in CLAIM.finditer(prose):
-            source = SOURCE.search(line, claim.end())
-            if not (_agrees(claim, [_value(source)]) if source else "word" not in _kind(claim) and _agrees(claim, known)):
+        claims = list(CLAIM.finditer(prose))
+        for claim, following in zip(claims, [*claims[1:], None], strict=True):
+            source = SOURCE.search(line, claim.end(), len(line) if following is None else following.start())
+            if source is None or not _agrees(claim, _value(source)):
                 found.append(f"{number}: {claim[0].strip()}")
     return found
 
 
-def _blank(match: re.Match[str]) -> str:
-    return "\n" * match[0].count("\n")
-
-
-def _kind(claim: re.Match[str]) -> str:
-    return next(name for name, value in claim.groupdict().items() if value is not None)
-
-
-def _agrees(claim: re.Match[str], values: list[float]) -> bool:
-    kind = _kind(claim)
+def _agrees(claim: re.Match[str], value: float) -> bool:
+    kind = next(name for name, said in claim.groupdict().items() if said is not None)
     said = claim[kind].lower()
     if kind == "word":
         expected = WORDS.get(said)
-        return expected is not None and any(
-            min(abs(v / expected - 1), abs(1 / (v * expected) - 1)) <= ROUGH for v in values if v > 0
-        )
-    digits = len(said.partition(".")[2])
-    target = float(said.replace(",", ""))
-    scales = (1.0, 100.0) if "%" in claim[0] else (1.0,)
-    return any(round(scale * v, digits) == target for v in values for scale in scales)
+        return expected is not None and abs(value / expected - 1) <= ROUGH
+    if claim[0].endswith(("%", "percent")):
+        value *= 100
+    return round(value, len(said.partition(".")[2])) == float(said.replace(",", ""))
 
 
 def _value(source: re.Match[str]) -> float:
-    report = json.loads((RESULTS / source[1].strip()).read_text(encoding="utf-8"))
+    report = read(source[1].strip().removesuffix(".json"))
     rows = [row for row in report["rows"] if (row["case"], row["provider"]) == (source[2].strip(), source[3].strip())]
     if len(rows) != 1:
         raise ValueError(f"{source[1]} has {len(rows)} rows of {source[3]} at {source[2]}; a source needs one.")
     return float(rows[0][source[4]])
-
-
-def _numbers() -> list[float]:
-    """Every number of every report."""
-
-    def leaves(value: Any) -> Iterator[float]:
-        if isinstance(value, dict | list):
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from leaves(part)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield float(value)
-
-    return [n for path in sorted(RESULTS.glob("*.json")) for n in leaves(json.loads(path.read_text(encoding="utf-8")))]
 
 
 def main() -> int:
