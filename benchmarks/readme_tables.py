@@ -125,9 +125,9 @@ def _full(suite: str, names: list[str]) -> str:
 
 STEPS = ["cpu-steps-fp32", "cpu-steps-bf16"]
 GENERATION = ["cpu-generation-fp32", "cpu-generation-bf16"]
-EMBED = ["cpu-embed-fp32", "cpu-embed-bf16", "cpu-embed-small-fp32", "cpu-embed-small-bf16"]
-KERNELS = ["cpu-kernels-fp32", "cpu-kernels-bf16"]
-CHANGES = ["cpu-changes-fp32", "cpu-changes-bf16"]
+EMBED = ["cpu-embed-bf16"]
+KERNELS = ["cpu-kernels-fp32"]
+CHANGES = ["cpu-changes-bf16"]
 
 
 def _steps() -> str:
