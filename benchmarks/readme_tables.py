@@ -203,7 +203,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "all-steps": lambda: _full("steps --memory", STEPS),
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),
-    "memory": lambda: _full("memory", ["cpu-memory-fp32", "cpu-memory-bf16"]),
 }
 
 
@@ -255,7 +254,7 @@ CLAIM = re.compile(
     r"\bx(?P<x>\d+(?:\.\d+)?)\b|(?<![\w.])(?P<times>\d+(?:\.\d+)?)x\b|"
     r"(?<![\w.,-])(?P<number>\d[\d,]*(?:\.\d+)?)\s?(?:ms|us|µs|s|seconds?|minutes?|[MGT]i?B(?:/s)?|[GT]?FLOPs?(?:/s)?|%|percent|"
     r"(?:images|texts|pairs|captions|tokens|words)(?:/s| a second))(?!\w)|"
-    r"\b(?P<word>halv(?:es?|ed|ing)|doubl(?:es?|ed|ing)|times (?:faster|slower|as|the)|"
+    r"\b(?P<word>halv(?:es?|ed|ing)|doubl(?:es?|ed|ing)|times (?:faster|slower|as \w+|the (?:time|memory|speed|cost))|"
     r"(?:half|twice|thrice|third|quarter|fifth|eighth|tenth|factor of \w+)\b"
     r"(?=[^|.]*\b(?:time|memory|speed|fast|slow|faster|slower|cost)\b))",
     re.IGNORECASE,
@@ -278,8 +277,9 @@ def unsourced(text: str) -> list[str]:
     for number, line in enumerate(kept.split("\n"), 1):
         prose = re.sub(r"`[^`]*`|<!--.*?-->", lambda match: " " * len(match[0]), line)
         claims = list(CLAIM.finditer(prose))
-        for claim, following in zip(claims, [*claims[1:], None], strict=True):
-            source = SOURCE.search(line, claim.end(), len(line) if following is None else following.start())
+        ends = [*(following.start() for following in claims[1:]), len(line)]
+        for claim, end_of_claim in zip(claims, ends, strict=False):
+            source = SOURCE.search(line, claim.end(), end_of_claim)
             if source is None or not _agrees(claim, _value(source)):
                 found.append(f"{number}: {claim[0].strip()}")
     return found
