@@ -108,7 +108,8 @@ def _run_case(
         case.calls.clear()
         for provider in timings:
             progress(f"memory of {provider}")
-            memory[provider] = _memory_apart(suite, name, provider, options)
+            memory[provider], reason = _memory_apart(suite, name, provider, options)
+            report["notes"] += [{"case": name, "note": f"memory of {provider}: {reason}"}] if reason else []
     for provider, timing in timings.items():
         rate = flops[provider] / timing.median / 1e6
         traffic = None if case.least_bytes is None else case.least_bytes / timing.median / 1e6
@@ -180,12 +181,14 @@ def tensor_bytes(*tensors: Tensor | None) -> int:
 # ------------------------------------------------------------------------------------------------------------------- memory
 
 
-def _memory_apart(suite: str, case: str, provider: str, options: Options) -> float | None:
-    """Peak memory of a provider's second call in a process with nothing else, in MB; None where that process failed."""
+def _memory_apart(suite: str, case: str, provider: str, options: Options) -> tuple[float | None, str]:
+    """Peak memory of a provider's second call in a process with nothing else, in MB; None where that process failed, and why."""
     given = json.dumps({"options": options.to_json(), "threads": torch.get_num_threads()})
     command = [sys.executable, "-m", "vlp_fast.benchmarks.runner", suite, case, provider, given]
     done = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    if done.returncode:
+        return None, (done.stderr.strip() or f"its process ended with {done.returncode}").splitlines()[-1]
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def _memory(suite: str, name: str, provider: str, given: str) -> float | None:

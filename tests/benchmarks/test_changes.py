@@ -1,4 +1,4 @@
-"""Suite "changes": what it undoes is there, and undoing it changes no result but by rounding."""
+"""Suite "changes": what it undoes is there, every case runs both ways, and nothing stays undone."""
 
 import pytest
 import torch
