@@ -46,6 +46,11 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"x{value:.2f}"
 
 
+def _gflops(value: float) -> str:
+    """A call whose operations the counter does not know has none counted."""
+    return "-" if value == 0.0 else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def _spread(row: dict[str, Any]) -> str:
     return f"{_ms(row['ms_median'])} ({_ms(row['ms_q1'])}-{_ms(row['ms_q3'])})"
 
@@ -113,8 +118,11 @@ def _full(suite: str, names: list[str]) -> str:
                     _spread(row),
                     str(row["steps"]),
                 ]
-                cells += [_ratio(row["speedup"]), f"{row['gflops']:,.3g}" if row["gflops"] < 100 else f"{row['gflops']:,.0f}"]
-                cells += [f"{100 * row['ceiling_share']:.0f} %"]
+                cells += [
+                    _ratio(row["speedup"]),
+                    _gflops(row["gflops"]),
+                    f"{100 * row['ceiling_share']:.0f} %" if row["gflops"] else "-",
+                ]
                 if memory:
                     cells += ["-", "-"] if row["peak_mb"] is None else [f"{row['peak_mb']:,.0f}", _ratio(row["memory_ratio"])]
                 rows.append(cells)

@@ -38,7 +38,7 @@ def test_ratios_throughput_and_traffic(suite):
     assert rival["gflops"] == 2 * 64**3 / 1e9
     assert own["gflops"] == 0
     assert rival["speedup"] == 1.0
-    assert own["speedup"] == pytest.approx(4, rel=0.4)
+    assert own["speedup"] == rival["ms_median"] / own["ms_median"] > 1  # 20 ms of sleep over 5, whatever a busy machine adds
     assert rival["ms_q1"] <= rival["ms_median"] <= rival["ms_q3"]
     assert own["per_second"] == pytest.approx(3 / own["ms_median"] * 1e3)
     assert own["gb_per_second"] == pytest.approx(1e6 / own["ms_median"] / 1e6)

@@ -99,7 +99,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             rate = f" ({row['unit']})" if row["unit"] else ""
             table.add_row(Text(f"{row['case']}{rate}", style="bold"))
         cells = [_short(row["ms_median"]), f"{_short(row['ms_q1'])}-{_short(row['ms_q3'])}", str(row["steps"])]
-        cells += [_ratio(row["speedup"]), _short(row["gflops"]), _percent(row["ceiling_share"])]
+        cells += [_ratio(row["speedup"]), _short(row["gflops"] or None), _percent(row["ceiling_share"] or None)]
         cells += [_percent(row["copy_share"])] if shown["copy_share"] else []
         cells += ["-" if row["per_second"] is None else _short(row["per_second"])] if shown["per_second"] else []
         if shown["peak_mb"]:
