@@ -18,7 +18,7 @@ from vlp_fast.generation import (
     rank_captions,
 )
 from vlp_fast.generation.cache import TextCache
-from vlp_fast.generation.rules import Rules, draw, keep_probable
+from vlp_fast.generation.rules import Rules, draw, least_score
 from vlp_fast.models import Blip, BlipVqa, Coca, CocaExperts, beit3_preset, blip_preset, coca_preset
 from vlp_fast.models.beit3 import Beit3MaskedModel
 from vlp_fast.models.beit3_tasks import Beit3Captioner
@@ -366,7 +366,7 @@ def _plain_kept(scores, top_k, top_p):
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.3), (None, 0.9), (3, None), (500, None), (7, 0.6), (None, 1.0)])
 def test_draws_follow_the_filtered_distribution(top_k, top_p):
     scores = torch.randn(3, 400, generator=torch.Generator().manual_seed(2)) * torch.tensor([0.2, 1.0, 3.0])[:, None]
-    kept = keep_probable(scores, top_k, top_p)
+    kept = scores.masked_fill(scores < least_score(scores, top_k, top_p), -float("inf"))
     for row in range(3):
         expected = _plain_kept(scores[row].tolist(), top_k, top_p)
         found = dict(enumerate(torch.softmax(kept[row].double(), 0).tolist()))
@@ -376,9 +376,14 @@ def test_draws_follow_the_filtered_distribution(top_k, top_p):
 
 def test_draw_is_unbiased_and_never_takes_what_was_dropped():
     scores = torch.tensor([[-float("inf"), 1.0, -float("inf"), 0.0, -1.0, -float("inf")]]).expand(200_000, -1)
-    counts = torch.bincount(draw(scores, torch.Generator().manual_seed(0)), minlength=6) / len(scores)
+    words, score = draw(scores, torch.full((len(scores), 1), -1.5), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(score, scores.log_softmax(-1).gather(1, words[:, None])[:, 0])
+    counts = torch.bincount(words, minlength=6) / len(scores)
     torch.testing.assert_close(counts, scores[0].softmax(0), atol=5e-3, rtol=0)
     assert counts[[0, 2, 5]].sum() == 0
+    words, score = draw(scores, torch.full((len(scores), 1), 0.5), torch.Generator().manual_seed(0))
+    assert (words == 1).all()  # only one is left
+    assert (score == 0.0).all()
 
 
 def test_rules_penalise_words_of_prompt_and_text_and_hold_back_the_end():

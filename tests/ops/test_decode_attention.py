@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlp_fast import AttentionPlan, reference
 from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.ops import attention, decode_attention
+from vlp_fast.ops._decode_attention_torch import BoundAttention
+from vlp_fast.ops.decode_attention import bind_decode_attention
 from vlp_fast.testing import assert_as_accurate_as
 
 BACKENDS = ["torch", "triton"]
@@ -228,3 +230,55 @@ def test_decode_plan_errors(arguments, words):
         DecodePlan.cross([3], 0)
     with pytest.raises(ValueError, match="within their capacity"):
         DecodePlan.self_cache(2, 3, 4)
+
+
+def _by_heads(rows, heads, width, dtype):
+    return torch.randn(heads, rows, width).to(dtype).transpose(0, 1)
+
+
+BOUND = {
+    "own slots": (lambda: DecodePlan.self_cache(6, 9, 4), True),
+    "one text": (lambda: DecodePlan.self_cache(1, 9, 1), True),
+    "images of beams": (lambda: DecodePlan.cross([5, 5, 5], 4), True),
+    "beams a segment each": (lambda: DecodePlan.from_edges([1] * 6, [0, 7], [7, 7], [(i, i // 3) for i in range(6)]), True),
+    "slots behind others": (lambda: DecodePlan.from_edges([1] * 3, [4, 10, 16], [3] * 3, [(0, 0), (1, 1), (2, 2)]), False),
+    "two parts": (lambda: DecodePlan.joint([5, 5], 2, 6, 3), False),
+    "ragged": (lambda: DecodePlan.cross([5, 4], 2), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("heads_k", [4, 2, 1])
+@pytest.mark.parametrize("case", BOUND)
+def test_bound_to_its_buffers_it_is_the_same(case, heads_k, dtype):
+    torch.manual_seed(0)
+    make, direct = BOUND[case]
+    plan = make()
+    rows = plan.buffer_rows
+    k, v = (_by_heads(rows, heads_k, 16, dtype) for _ in range(2))
+    bound = bind_decode_attention(k, v, plan)
+    assert isinstance(bound, BoundAttention) == direct
+    for growing in (0, 1, 2):
+        if growing:
+            if not plan.growing.any():
+                break
+            plan.advance()
+        q = torch.randn(plan.query.rows, 3, 4, 16).to(dtype)[:, 1]  # rows with others between them
+        expected = decode_attention(q, k, v, plan)
+        torch.testing.assert_close(bound(q), expected, rtol=1e-5, atol=1e-6)
+        narrow = bound(q.bfloat16())
+        assert narrow.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            narrow, decode_attention(q.bfloat16().to(dtype), k, v, plan).bfloat16(), rtol=2e-2, atol=2e-2
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda k, v: (k, v[:, :1]), "one shape"), (lambda k, v: (k[:5], v[:5]), "slots"), (lambda k, v: (k.half(), v), "dtype")],
+)
+def test_bound_to_wrong_buffers_it_says_what_is_wrong(change, message):
+    plan = DecodePlan.self_cache(2, 4, 2)
+    k, v = change(*(_by_heads(8, 2, 16, torch.float32) for _ in range(2)))
+    with pytest.raises(ValueError, match=message):
+        bind_decode_attention(k, v, plan)(torch.randn(2, 2, 16))

@@ -263,7 +263,7 @@ def test_rank_answers_gives_the_losses_of_transformers(transformers):
 
 
 def test_filters_keep_the_words_that_transformers_keeps(transformers):
-    from vlp_fast.generation.rules import keep_probable
+    from vlp_fast.generation.rules import least_score
 
     scores = (
         torch.randn(6, 900, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0, 8.0])[:, None]
@@ -276,7 +276,8 @@ def test_filters_keep_the_words_that_transformers_keeps(transformers):
             expected = transformers.TopKLogitsWarper(top_k)(None, expected)
         if top_p is not None:
             expected = transformers.TopPLogitsWarper(top_p)(None, expected)
-        assert torch.equal(keep_probable(scores, top_k, top_p), expected), (top_k, top_p)
+        kept = scores.masked_fill(scores < least_score(scores, top_k, top_p), -float("inf"))
+        assert torch.equal(kept, expected), (top_k, top_p)
 
 
 def test_rank_captions_gives_the_matching_scores_of_transformers(transformers):

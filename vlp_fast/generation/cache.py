@@ -8,6 +8,8 @@ are read by cross-attention (BLIP, CoCa) lie in buffers of their own. Neither is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ class TextCache:
         self._end = self._longest
         self._prompt_from, self._prompt_to = self._places_of_prompts(starts)
         self._buffers: dict[int, Tensor] = {}  # of each layer, [2, heads, rows, head_dim]
+        self._slots: dict[int, Tensor] = {}  # views of them, [2, heads, texts, capacity, head_dim]
 
     def _places_of_prompts(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Rows of the packed prompts, for every copy, and the rows of the buffer where they go."""
@@ -73,7 +76,12 @@ class TextCache:
         self._buffers[layer] = kv.new_empty(two, heads, rows, width, dtype=cached_dtype(kv))
         if shared is not None:
             self._buffers[layer][:, :, : self.shared_rows] = shared.permute(1, 2, 0, 3)
+        self._slots[layer] = self._buffers[layer][:, :, self.shared_rows :].unflatten(2, (self.rows, self.capacity))
         self._put(layer, self._prompt_to, kv[self._prompt_from])
+
+    @property
+    def layers(self) -> Iterable[int]:
+        return self._buffers
 
     def advance(self) -> None:
         """Every text has one row more; `write` says what it holds."""
@@ -85,7 +93,7 @@ class TextCache:
     def write(self, layer: int, kv: Tensor, draft: int = 0) -> None:
         """Keys and values ``[texts, 2, heads, head_dim]`` of the newest row of each text, or of a draft behind it."""
         if self._common == self._longest:  # texts grow side by side
-            self._texts(layer)[:, :, :, self._end + draft - 1] = kv.permute(1, 2, 0, 3)
+            self._slots[layer].select(3, self._end + draft - 1).copy_(kv.permute(1, 2, 0, 3))
         else:
             self._put(layer, self._next + (draft - 1), kv)
 
@@ -97,12 +105,8 @@ class TextCache:
     def reorder(self, index: Tensor) -> None:
         """Text i goes on as a copy of text ``index[i]`` of the same image. The rows of prompts are the same and stay."""
         for layer in self._buffers:  # a copy of one layer stays in the processor's cache
-            grown = self._texts(layer)[:, :, :, self._common : self._end]
+            grown = self._slots[layer][:, :, :, self._common : self._end]
             grown.copy_(grown.index_select(2, index))
-
-    def _texts(self, layer: int) -> Tensor:
-        """View ``[2, heads, texts, capacity, head_dim]``."""
-        return self._buffers[layer][:, :, self.shared_rows :].unflatten(2, (self.rows, self.capacity))
 
     def _put(self, layer: int, places: Tensor, kv: Tensor) -> None:
         buffer = self._buffers[layer]

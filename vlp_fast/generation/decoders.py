@@ -7,6 +7,7 @@ causal forward, and after that one row per text and step (BEiT-3: two), whose ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,8 +24,11 @@ from vlp_fast.models.coca import Coca
 from vlp_fast.models.coca_experts import CocaExpertLayer, CocaExperts
 from vlp_fast.models.coca_open_clip import CrossBlock, OpenClipCoca
 from vlp_fast.models.coca_palm import CocaPalm
-from vlp_fast.modules import CrossAttention, PostNormBlock, PreNormBlock, rotary_table
+from vlp_fast.modules import CrossAttention, PostNormBlock, PreNormBlock, SelfAttention, rotary_table
+from vlp_fast.modules.bound import Bound, bind, bind_expert, bind_gelu, bind_mlp
 from vlp_fast.ops import attention, attention_only, decode_attention, linear
+from vlp_fast.ops.decode_attention import bind_decode_attention
+from vlp_fast.ops.linear import bind_linear
 from vlp_fast.segments import Segments
 
 __all__ = [
@@ -96,6 +100,8 @@ class Decoder(Protocol):
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]  # layer, q [rows, heads, head_dim], kv [rows, 2, heads_k, head_dim] -> as q
 AttendImage = Callable[[int, Tensor], Tensor]  # layer, q -> as q
+Rows = Callable[[Tensor, Tensor, Attend, AttendImage], Tensor]  # token ids, positions -> [rows, dim]
+Branch = Callable[[int, Tensor, Attend, AttendImage], Tensor]  # layer, rows -> what is added to them
 
 
 class CrossAttendingWriting:
@@ -109,7 +115,7 @@ class CrossAttendingWriting:
     def __init__(
         self,
         decoder: BlipDecoder | CocaDecoder | CocaPalmDecoder,
-        rows: Callable[[Tensor, Tensor, Attend, AttendImage], Tensor],
+        rows: Rows,
         logits: Callable[[Tensor], Tensor],
         contexts: Mapping[int, tuple[Tensor, Tensor]],
         image_segments: Segments,
@@ -139,6 +145,9 @@ class CrossAttendingWriting:
         hidden = rows(prompts.token_ids, segments.positions(), attend, attend_image)[segments.last_rows()]
         self.logits = logits(hidden).repeat_interleave(cache.copies, 0)
         self._positions = _Positions(segments, cache.copies, decoder.max_positions)
+        bind, plan = partial(bind_decode_attention, backend=self._backend), cache.plans[0]
+        self._own = {layer: bind(*cache.read(layer), plan) for layer in cache.layers}
+        self._image = {layer: bind(*kv, self._plan) for layer, kv in self._contexts.items()}
 
     def step(self, token_ids: Tensor) -> Tensor:
         self._cache.advance()
@@ -149,10 +158,10 @@ class CrossAttendingWriting:
 
     def _attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         self._cache.write(layer, kv)
-        return _decode(q, self._cache.read(layer), self._cache.plans[0], self._backend)
+        return self._own[layer](q)
 
     def _attend_image(self, layer: int, q: Tensor) -> Tensor:
-        return _decode(q, self._contexts[layer], self._plan, self._backend)
+        return self._image[layer](q)
 
 
 class BlipDecoder:
@@ -166,25 +175,42 @@ class BlipDecoder:
         model, (rows, segments) = self.model, self._context(images)
         contexts = {i: _cross(block).project_context(rows) for i, block in enumerate(model.text_tower.blocks)}
         cache = TextCache(prompts.segments, copies, steps)
-        return CrossAttendingWriting(self, self._rows, model.word_logits, contexts, segments, prompts, cache)
+        return CrossAttendingWriting(self, self._rows(), self._words(), contexts, segments, prompts, cache)
 
     def _context(self, images: Tensor) -> ImageRows:
         """The rows that texts read, a segment for each prompt."""
         rows = self.model.image_encoder(images)
         return ImageRows(rows, self.model.image_encoder.segments(len(images), rows.device))
 
-    def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+    def _rows(self) -> Rows:
         tower, expert = self.model.text_tower, self.model.decoder
-        x = tower.embedding(token_ids, positions)
-        experts = (*[0] * (expert + 1), *[len(x)] * (tower.num_experts - expert))
-        for layer, block in enumerate(tower.blocks):
+        layers = []
+        for block in tower.blocks:
             assert isinstance(block, PostNormBlock)
             own = block.attention
-            out = attend(layer, *_split(own.qkv(x, experts), own.num_heads)).flatten(1)
-            x = block.attention_norm(own.proj(out, experts, x), experts)
-            x = block.cross_norm(x + _read(block.cross_attention, layer, x, attend_image))
-            x = block.mlp_norm(x + block.mlp(x))
-        return x
+            qkv, proj, norm = (
+                bind_expert(part, expert, tower.num_experts) for part in (own.qkv, own.proj, block.attention_norm)
+            )
+            cross, mlp = (
+                (_cross_branch(block.cross_attention), bind(block.cross_norm)),
+                (bind_mlp(block.mlp), bind(block.mlp_norm)),
+            )
+            layers.append(((_own_branch(qkv, proj, own.num_heads), norm), cross, mlp))
+
+        def rows(token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+            x = tower.embedding(token_ids, positions)
+            for layer, ((own, norm), (cross, cross_norm), (mlp, mlp_norm)) in enumerate(layers):
+                x = norm(x + own(layer, x, attend))
+                x = cross_norm(x + cross(layer, x, attend_image))
+                x = mlp_norm(x + mlp(x))
+            return x
+
+        return rows
+
+    def _words(self) -> Bound:
+        model = self.model
+        transform, norm, words = bind_gelu(model.lm_transform), bind(model.lm_norm), bind_linear(*model.word_weights())
+        return lambda rows: words(norm(transform(rows)))
 
 
 class BlipAnswerDecoder(BlipDecoder):
@@ -216,8 +242,8 @@ class CocaDecoder:
             rows = block.context_norm(image.rows) if isinstance(block, CrossBlock) else image.rows
             contexts[layer] = _cross(block).project_context(rows)
         cache = TextCache(prompts.segments, copies, steps)
-        words = model.text_decoder.words
-        return CrossAttendingWriting(self, self._rows, words, contexts, image.segments, prompts, cache)
+        words = bind(model.text_decoder.words)
+        return CrossAttendingWriting(self, self._rows(), words, contexts, image.segments, prompts, cache)
 
     def _readers(self) -> Iterable[nn.Module]:
         """The modules that read the image, one per layer of the text decoder."""
@@ -227,24 +253,34 @@ class CocaDecoder:
     def _encoder_layers(self) -> nn.ModuleList:
         return self.model.encoder.layers if isinstance(self.model, CocaExperts) else self.model.text_encoder.blocks
 
-    def _rows(self, token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+    def _rows(self) -> Rows:
         encoder = self.model.encoder if isinstance(self.model, CocaExperts) else self.model.text_encoder
         decoder, readers = self.model.text_decoder, [*[None] * self._first, *self._readers()]
-        x = encoder.word(token_ids) + encoder.position[positions]
-        for layer, (block, reader) in enumerate(zip([*self._encoder_layers(), *decoder.blocks], readers, strict=True)):
-            assert isinstance(block, CocaExpertLayer | PreNormBlock)
-            own, norm = block.attention, block.attention_norm if isinstance(block, CocaExpertLayer) else block.norm1
-            x = x + own.proj(attend(layer, *_split(own.qkv(norm(x)), own.num_heads)).flatten(1))
-            if isinstance(block, CocaExpertLayer):
-                x = block.feed_forward(x, (0, 0, len(x)))  # no row is an image's
-                continue
-            if reader is block:  # the paper's layer reads the image between attention and MLP
-                x = x + _read(block.cross_attention, layer, block.cross_norm(x), attend_image)
-            x = x + block.mlp(block.norm2(x))
-            if isinstance(reader, CrossBlock):
-                x = x + _read(reader.cross_attention, layer, reader.norm1(x), attend_image)
-                x = x + reader.mlp(reader.norm2(x))
-        return decoder.norm(x)
+        layers = [self._branches(*both) for both in zip([*self._encoder_layers(), *decoder.blocks], readers, strict=True)]
+        norm = bind(decoder.norm)
+
+        def rows(token_ids: Tensor, positions: Tensor, attend: Attend, attend_image: AttendImage) -> Tensor:
+            x = encoder.word(token_ids) + encoder.position[positions]
+            for layer, branches in enumerate(layers):
+                for branch in branches:
+                    x = x + branch(layer, x, attend, attend_image)
+            return norm(x)
+
+        return rows
+
+    @staticmethod
+    def _branches(block: nn.Module, reader: nn.Module | None) -> list[Branch]:
+        """What a layer adds to its rows, in turn: the paper's reads the image between attention and MLP, open_clip's behind them."""
+        if isinstance(block, CocaExpertLayer):
+            norm, fc1, fc2 = (bind_expert(part, 1, 2) for part in (block.ffn_norm, block.fc1, block.fc2))
+            return [_attends(block.attention_norm, block.attention), _adds(norm, lambda x: fc2(fc1(x)))]
+        assert isinstance(block, PreNormBlock)
+        branches = [_attends(block.norm1, block.attention), _adds(bind(block.norm2), bind_mlp(block.mlp))]
+        if reader is block:
+            branches.insert(1, _reads(block.cross_norm, block.cross_attention))
+        elif isinstance(reader, CrossBlock):
+            branches += [_reads(reader.norm1, reader.cross_attention), _adds(bind(reader.norm2), bind_mlp(reader.mlp))]
+        return branches
 
 
 class CocaPalmDecoder:
@@ -376,8 +412,27 @@ def _cross(block: nn.Module) -> CrossAttention:
     return block.cross_attention
 
 
-def _read(cross: CrossAttention, layer: int, x: Tensor, attend_image: AttendImage) -> Tensor:
-    return cross.proj(attend_image(layer, cross.query(x).unflatten(1, (cross.num_heads, -1))).flatten(1))
+def _own_branch(qkv: Bound, proj: Bound, heads: int) -> Callable[[int, Tensor, Attend], Tensor]:
+    return lambda layer, x, attend: proj(attend(layer, *_split(qkv(x), heads)).flatten(1))
+
+
+def _cross_branch(cross: CrossAttention) -> Callable[[int, Tensor, AttendImage], Tensor]:
+    query, proj, heads = bind(cross.query), bind(cross.proj), cross.num_heads
+    return lambda layer, x, attend_image: proj(attend_image(layer, query(x).unflatten(1, (heads, -1))).flatten(1))
+
+
+def _attends(norm: nn.Module, own: SelfAttention) -> Branch:
+    normed, branch = bind(norm), _own_branch(bind(own.qkv), bind(own.proj), own.num_heads)
+    return lambda layer, x, attend, attend_image: branch(layer, normed(x), attend)
+
+
+def _reads(norm: nn.Module, cross: CrossAttention) -> Branch:
+    normed, branch = bind(norm), _cross_branch(cross)
+    return lambda layer, x, attend, attend_image: branch(layer, normed(x), attend_image)
+
+
+def _adds(norm: Bound, mlp: Bound) -> Branch:
+    return lambda layer, x, attend, attend_image: mlp(norm(x))
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:

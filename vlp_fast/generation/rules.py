@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rules", "draw", "keep_probable"]
+__all__ = ["Rules", "draw", "least_score"]
 
 
 class Rules:
@@ -38,35 +38,39 @@ class Rules:
         return scores
 
 
-def keep_probable(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Scores ``[texts, vocab_size]`` with -inf for words that sampling must not take.
+def least_score(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """The least score ``[texts, 1]`` that a word of scores ``[texts, vocab_size]`` may have for sampling to take it.
 
     top_k: the k best stay. top_p: of these the best whose probabilities first sum to `top_p` or more; the best word always stays. Words
     that score the same as the last that stays, stay.
     """
-    best, least = None, scores.new_full((len(scores), 1), -float("inf"))
-    if top_k is not None:
-        best = torch.topk(scores, min(top_k, scores.shape[1])).values
-        least = best[:, -1:]
-    if top_p is not None and top_p < 1.0:
-        best = _descending(scores) if best is None else best
-        probability = torch.softmax(best.double(), -1)
-        # a word stays while those before it hold less than top_p
-        stay = (probability.cumsum(-1) - probability < top_p).sum(-1, keepdim=True)
-        least = best.gather(1, stay - 1)
-    return scores.masked_fill(scores < least, -float("inf"))
+    if top_p is None or top_p == 1.0:
+        if top_k is None:
+            return scores.new_full((len(scores), 1), -float("inf"))
+        return torch.topk(scores, min(top_k, scores.shape[1])).values[:, -1:]
+    best = _ascending(scores) if top_k is None else torch.topk(scores, min(top_k, scores.shape[1])).values.flip(-1)
+    mass = (best - best[:, -1:]).exp_().cumsum(-1, dtype=torch.float64)
+    # a word stays while those above it hold less than top_p
+    last = torch.searchsorted(mass, mass[:, -1:] * (1.0 - top_p), right=True)
+    return best.gather(1, last.clamp(max=best.shape[1] - 1))
 
 
-def _descending(scores: Tensor) -> Tensor:
+def _ascending(scores: Tensor) -> Tensor:
     """Sorted values alone: NumPy has a vectorised sort for them, thirty times as fast on a CPU as PyTorch's, which sorts indices too."""
     if scores.device.type == "cpu":
-        return torch.from_numpy(np.sort(scores.numpy(), -1)).flip(-1)
-    return torch.sort(scores, -1, descending=True).values
+        return torch.from_numpy(np.sort(scores.numpy(), -1))
+    return torch.sort(scores, -1).values
 
 
-def draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One word per row, int64 ``[texts]``, by the softmax of the scores: one random number per row."""
-    mass = torch.softmax(scores.double(), -1).cumsum(-1)
-    point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator) * mass[:, -1:]
+def draw(scores: Tensor, least: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """One word per row by the softmax of the scores that are not below `least`, int64 ``[texts]``, and its log probability.
+
+    Args: scores: fp32 ``[texts, vocab_size]``. least: ``[texts, 1]``. generator: of one random number per row.
+    """
+    best = scores.amax(-1, keepdim=True)
+    mass = (scores - best).exp_().mul_(scores >= least).cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator) * total
     # the first word whose mass exceeds the point, never one without probability
-    return torch.searchsorted(mass, torch.minimum(point, mass[:, -1:] * (1 - 1e-15)), right=True)[:, 0]
+    word = torch.searchsorted(mass, torch.minimum(point, total * (1 - 1e-15)), right=True)
+    return word[:, 0], (scores.gather(1, word) - best - total.log())[:, 0].float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlp_fast.generation.decoders import Writing
-from vlp_fast.generation.rules import Rules, draw, keep_probable
+from vlp_fast.generation.rules import Rules, draw, least_score
 
 __all__ = ["BeamSettings", "Found", "SampleSettings", "search_beams", "search_words"]
 
@@ -59,16 +59,14 @@ def search_words(writing: Writing, rules: Rules, eos_id: int, limits: Sequence[i
     for step in range(steps):
         scores = rules(_own_float(logits), words[:, :step])
         if sampling is None:
-            word = scores.argmax(-1, keepdim=True)
+            best, word = scores.max(-1)
+            score = best - scores.logsumexp(-1)
         else:
             if sampling.temperature != 1.0:
                 scores /= sampling.temperature
-            if sampling.top_k is not None or sampling.top_p is not None:
-                scores = keep_probable(scores, sampling.top_k, sampling.top_p)
-            word = draw(scores, sampling.generator)[:, None]
-        score = scores.gather(1, word) - scores.logsumexp(-1, keepdim=True)
-        words[:, step] = torch.where(going, word[:, 0], eos_id)
-        total += torch.where(going, score[:, 0], 0.0)
+            word, score = draw(scores, least_score(scores, sampling.top_k, sampling.top_p), sampling.generator)
+        words[:, step] = torch.where(going, word, eos_id)
+        total += torch.where(going, score, 0.0)
         lengths += going
         going = going & (words[:, step] != eos_id) & (limit > step + 1)
         if step + 1 == steps or not bool(going.any()):

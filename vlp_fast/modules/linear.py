@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.ops import linear, linear_gelu
 
-__all__ = ["Linear", "gelu_of"]
+__all__ = ["Linear", "gelu_of", "is_plain"]
 
 
 class Linear(nn.Linear):
@@ -17,8 +19,16 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def is_plain(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
+    """Whether the layer is of this type itself, unhooked: one that stands in its place (LoRA), or is watched, must be called as it is."""
+    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+
+
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """GELU(layer(x)); one operation where the layer is ours, unhooked: one that stands in its place (LoRA) is called as it is."""
-    if type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks):
+    """GELU(layer(x)); one operation where the layer is plain."""
+    if is_plain(layer, Linear):
         return linear_gelu(x, layer.weight, layer.bias)
     return F.gelu(layer(x))

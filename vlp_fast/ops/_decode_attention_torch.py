@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlp_fast.decode_plan import DecodePlan
+
 
 def forward(q, k, v, tensors, parts, segments, max_rows, max_keys, scale, need_lse) -> tuple[Tensor, Tensor]:
     """out and, with need_lse, the log-sum-exp ``[rows, heads]`` (else an empty tensor)."""
@@ -14,6 +16,50 @@ def forward(q, k, v, tensors, parts, segments, max_rows, max_keys, scale, need_l
     if parts:
         return _regular(q, k, v, parts, segments, max_rows, scale, need_lse)
     return _gathered(q, k, v, tensors, segments, max_rows, max_keys, scale, need_lse)
+
+
+def bind(k: Tensor, v: Tensor, plan: DecodePlan) -> BoundAttention | None:
+    """The attention to these buffers as a function of q, where the slots are regular, one a segment, and the rows of a head follow one
+    another in fp32 or fp64; else None."""
+    if len(plan.parts) != 4 or plan.query.rows == 0 or plan.max_keys == 0 or k.dtype not in (torch.float32, torch.float64):
+        return None
+    if k.shape != v.shape or k.dtype != v.dtype or k.shape[0] < plan.buffer_rows or k.shape[1] == 0:
+        return None
+    start, repeat, step, _ = plan.parts
+    room = plan.capacities[plan.host_edges[:, 1]]
+    groups = len(plan.query) // repeat
+    _, heads, dim = k.shape
+    one_line = all(_by_heads(t) and (groups == 1 or t.stride(1) == groups * step * t.stride(0)) for t in (k, v))
+    if (room != room[0]).any() or not one_line:
+        return None
+    keys, values = (_slots(t, start, step, groups, int(room[0])).view(heads * groups, int(room[0]), dim) for t in (k, v))
+    return BoundAttention(keys, values, plan, heads, groups)
+
+
+class BoundAttention:
+    """`_regular` for one part and q of any dtype, with the views of the buffers made once.
+
+    Args: keys, values: ``[heads_k * groups, capacity, head_dim]``; a group is the rows that read one slot.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, plan: DecodePlan, heads_k: int, groups: int) -> None:
+        self._all, self._plan, self._length = (keys, values), plan, -1
+        self._keys, self._values = keys, values
+        dim = keys.shape[2]
+        self._shape = (groups, plan.query.rows // groups, heads_k, -1, dim)
+        self._scale, self._zero = dim**-0.5, keys.new_zeros(1)
+
+    def __call__(self, q: Tensor) -> Tensor:
+        if self._plan.max_keys != self._length:
+            self._length = self._plan.max_keys
+            keys, self._values = (t[:, : self._length] for t in self._all)
+            self._keys = keys.transpose(1, 2)
+        split = q.view(self._shape).permute(2, 0, 1, 3, 4)  # heads_k, groups, rows, heads that share a key head, head_dim
+        folded = torch.empty(split.shape, dtype=self._zero.dtype).copy_(split)
+        queries = folded.view(self._keys.shape[0], -1, self._shape[4])
+        scores = torch.baddbmm(self._zero, queries, self._keys, beta=0, alpha=self._scale)
+        out = torch.bmm(torch.softmax(scores, -1), self._values).view(split.shape).permute(1, 2, 0, 3, 4)
+        return torch.empty(out.shape, dtype=q.dtype).copy_(out).view(q.shape)
 
 
 def lse_like(q: Tensor, need_lse: bool) -> Tensor:

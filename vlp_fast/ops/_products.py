@@ -17,6 +17,7 @@ from torch import Tensor
 from vlp_fast.ops.packing import any_packed, find_packed
 
 __all__ = [
+    "bound_product",
     "fp32_products",
     "fuses_gelu",
     "is_bf16_for_onednn",
@@ -82,6 +83,18 @@ def mm(
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T + bias for x ``[..., in]`` of which `is_bf16_for_onednn` is true, and a contiguous weight ``[out, in]``; no gradient."""
     return _linear_pointwise()(x if x.is_contiguous() else x.contiguous(), weight, bias.contiguous(), "none", [], "")
+
+
+def bound_product(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor] | None:
+    """x ``[rows, in]`` -> activation(x @ weight.T + bias) where that is oneDNN's whatever the rows: packed weights, and bf16; else None."""
+    packed = find_packed(weight.t()) if any_packed() else None
+    if packed is None:
+        if not (is_bf16_for_onednn(weight) and weight.is_contiguous()):
+            return None
+        packed = weight
+    product, bias = _linear_pointwise(), None if bias is None else bias.contiguous()
+    form = "none" if activation == "gelu" else ""
+    return lambda x: product(x.contiguous(), packed, bias, activation, [], form)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -12,7 +14,7 @@ from vlp_fast.ops._autocast import autocast_to_compute
 from vlp_fast.ops._backends import choose_own_backend
 from vlp_fast.ops._direct import runs_directly
 
-__all__ = ["decode_attention"]
+__all__ = ["bind_decode_attention", "decode_attention"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,6 +66,31 @@ def decode_attention(
     else:
         out, lse = _decode(q, k, v, *tensors, parts, plan.query.max_length, max_keys, plan.pairs, scale, return_lse, name)
     return (out, lse.T) if return_lse else out
+
+
+def bind_decode_attention(k: Tensor, v: Tensor, plan: DecodePlan, *, backend: str | None = None) -> Callable[[Tensor], Tensor]:
+    """`decode_attention` of these buffers as a function of q alone, which may be of another dtype: out is of q's.
+
+    For the steps of a text: checks are made now, and buffers and plan stay the same but for what is written into them and `plan.advance`.
+    Arguments and errors as in `decode_attention`; a q of another shape than the plan's rows and the buffers' heads is an error of PyTorch.
+    """
+    name = choose_own_backend(backend, k.device.type, "decode_attention")
+    if (
+        name == "torch"
+        and plan.device == k.device
+        and not torch.is_autocast_enabled(k.device.type)
+        and runs_directly(name, k, v)
+    ):
+        bound = _decode_attention_torch.bind(k, v, plan)
+        if bound is not None:
+            return bound
+
+    def call(q: Tensor) -> Tensor:
+        out = decode_attention(q.to(k.dtype), k, v, plan, backend=backend)
+        assert isinstance(out, Tensor)
+        return out.to(q.dtype)
+
+    return call
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float, backend: str) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlp_fast.ops import _products
 from vlp_fast.ops._direct import runs_directly
-from vlp_fast.ops._products import is_bf16_for_onednn, is_for_onednn, linear_bf16, mm
+from vlp_fast.ops._products import bound_product, is_bf16_for_onednn, is_for_onednn, linear_bf16, mm
 from vlp_fast.ops.multiway import multiway_linear
 from vlp_fast.ops.packing import any_packed
 
-__all__ = ["linear", "linear_gelu"]
+__all__ = ["bind_linear", "linear", "linear_gelu"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,6 +58,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         rows, shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
         return _products.linear_gelu(x.reshape(rows, weight.shape[1]), weight, bias).view(shape)
     return F.gelu(linear(x, weight, bias))
+
+
+def bind_linear(weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Callable[[Tensor], Tensor]:
+    """`linear`, or `linear_gelu`, as a function of x alone: for many calls with few rows, where choosing costs as much as the product.
+
+    What depends on the weight is decided now: whether `packed_weights` holds a copy of it, and who computes. For x ``[rows, in]`` of the
+    weight's dtype and device, without a gradient, while the weight is unchanged and the same blocks of `packed_weights` are open.
+    """
+    if weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and runs_directly("torch", weight, bias):
+        product = bound_product(weight, bias, "gelu" if gelu else "none")
+        if product is not None:
+            return product
+    return partial(linear_gelu if gelu else linear, weight=weight, bias=bias)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
