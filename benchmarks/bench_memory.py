@@ -1,7 +1,7 @@
 """Suite "memory": the most resident memory of a process that takes one provider's pretraining steps, at its second step.
 
-The cases are those of suite "steps", each provider in a process of its own; on a CUDA device it is the memory of tensors. Their times are
-those of one round.
+The cases are those of suite "steps", each provider in a process of its own; on a CUDA device it is the memory of tensors. "rise" is how
+far the peak lies above what is there between steps: the interpreter, weights and their averages, gradients. Times are those of one round.
 """
 
 from __future__ import annotations

@@ -107,7 +107,6 @@ def _side_by_side(suite: str, names: list[str], ours: dict[str, str], rivals: st
 def _full(suite: str, names: list[str]) -> str:
     """A row for each provider."""
     reports, rows = [read(name) for name in names], []
-    memory = any(row["peak_mb"] is not None for report in reports for row in report["rows"])
     for report in reports:
         for case, found in _cases(report):
             for number, row in enumerate(found.values()):
@@ -123,15 +122,27 @@ def _full(suite: str, names: list[str]) -> str:
                     _gflops(row["gflops"]),
                     f"{100 * row['ceiling_share']:.0f} %" if row["gflops"] else "-",
                 ]
-                if memory:
-                    cells += ["-", "-"] if row["peak_mb"] is None else [f"{row['peak_mb']:,.0f}", _ratio(row["memory_ratio"])]
                 rows.append(cells)
     head = ["case", "dtype", "provider", "median ms (quartiles)", "n", "speed", "GFLOPs", "of peak"]
-    table = _markdown(head + (["peak MB", "memory"] if memory else []), rows)
+    table = _markdown(head, rows)
     return f"{table}\n\n{_measured_on(suite, *reports)}"
 
 
+def _memory() -> str:
+    """A row for each provider: the peak, and how far it rises above what is there between calls."""
+    reports, rows = [read(name) for name in MEMORY], []
+    for report in reports:
+        for case, found in _cases(report):
+            for number, row in enumerate(found.values()):
+                peak = f"{row['peak_mb']:,.0f} ({_ratio(row['memory_ratio'])})"
+                rise = f"{row['rise_mb']:,.0f} ({_ratio(row['rise_ratio'])})"
+                rows.append([case if number == 0 else "", report["stamp"]["dtype"], row["provider"], peak, rise])
+    table = _markdown(["case", "dtype", "provider", "peak MB (of the rival's)", "of that, not there between steps"], rows)
+    return f"{table}\n\n{_measured_on('memory', *reports)}"
+
+
 STEPS = ["cpu-steps-fp32", "cpu-steps-bf16"]
+MEMORY = ["cpu-memory-fp32", "cpu-memory-bf16"]
 GENERATION = ["cpu-generation-fp32", "cpu-generation-bf16"]
 EMBED = ["cpu-embed-bf16"]
 KERNELS = ["cpu-kernels-fp32"]
@@ -208,7 +219,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "embed": _embed,
     "changes": _changes,
     "scaling": _scaling,
-    "all-steps": lambda: _full("steps --memory", STEPS),
+    "all-steps": lambda: _full("steps", STEPS),
+    "memory": _memory,
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),
 }

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def run_suite(
     Returns: the report, of plain values:
         {schema, suite, stamp, ceilings: {gflops_per_second, copy_gb_per_second},
          rows: [{case, provider, ours, speedup, ms_median, ms_q1, ms_q3, ms_min, ms_max, steps, gflops, gflops_per_second, ceiling_share,
-                 gb_per_second, copy_share, per_second, unit, peak_mb, memory_ratio, and the case's facts}],
+                 gb_per_second, copy_share, per_second, unit, peak_mb, memory_ratio, rise_mb, rise_ratio, and the case's facts}],
          wrong: [{case, provider, reason}], absent: [{case, provider, reason}], notes: [{case, note}]}
         Numbers that are not known are None. A suite's own `finish(report) -> dict` adds to it.
     Raises: ValueError for options that no case fits.
@@ -102,7 +102,7 @@ def _run_case(
         calls, steps=STEPS, seconds=options.seconds, until=until, warmup=1, device=options.device,
         tick=lambda text: progress(f"round {text.partition('/')[0]}"),
     )  # fmt: skip
-    memory: dict[str, float | None] = dict.fromkeys(timings)
+    memory: dict[str, _Memory] = dict.fromkeys(timings, _Memory(None, None))
     if options.memory:
         calls.clear()
         case.calls.clear()
@@ -132,8 +132,10 @@ def _run_case(
                 "copy_share": None if traffic is None else traffic / limits["copy_gb_per_second"],
                 "per_second": None if case.work is None else case.work / timing.median * 1e3,
                 "unit": case.unit or None,
-                "peak_mb": memory[provider],
-                "memory_ratio": _ratio(memory[provider], memory.get(first) if first else None),
+                "peak_mb": memory[provider].peak_mb,
+                "memory_ratio": _ratio(memory[provider].peak_mb, memory[first].peak_mb if first else None),
+                "rise_mb": memory[provider].rise_mb,
+                "rise_ratio": _ratio(memory[provider].rise_mb, memory[first].rise_mb if first else None),
                 **case.facts,
             }
         )
@@ -181,17 +183,24 @@ def tensor_bytes(*tensors: Tensor | None) -> int:
 # ------------------------------------------------------------------------------------------------------------------- memory
 
 
-def _memory_apart(suite: str, case: str, provider: str, options: Options) -> tuple[float | None, str]:
-    """Peak memory of a provider's second call in a process with nothing else, in MB; None where that process failed, and why."""
+class _Memory(NamedTuple):
+    """In MB. peak_mb: the most during a call. rise_mb: of that, what was not there before it."""
+
+    peak_mb: float | None
+    rise_mb: float | None
+
+
+def _memory_apart(suite: str, case: str, provider: str, options: Options) -> tuple[_Memory, str]:
+    """Memory of a provider's second call in a process with nothing else; None where that process failed, and why."""
     given = json.dumps({"options": options.to_json(), "threads": torch.get_num_threads()})
     command = [sys.executable, "-m", "vlp_fast.benchmarks.runner", suite, case, provider, given]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return None, (done.stderr.strip() or f"its process ended with {done.returncode}").splitlines()[-1]
-    return json.loads(done.stdout.splitlines()[-1]), ""
+        return _Memory(None, None), (done.stderr.strip() or f"its process ended with {done.returncode}").splitlines()[-1]
+    return _Memory(*json.loads(done.stdout.splitlines()[-1])), ""
 
 
-def _memory(suite: str, name: str, provider: str, given: str) -> float | None:
+def _memory(suite: str, name: str, provider: str, given: str) -> _Memory:
     values = json.loads(given)
     prepare_process(values["threads"])
     options = Options.from_json(values["options"])
@@ -203,7 +212,8 @@ def _memory(suite: str, name: str, provider: str, given: str) -> float | None:
         case.release(provider)
     gc.collect()
     call()
-    return peak_memory(call, options.device)[0]
+    peak, held, _ = peak_memory(call, options.device)
+    return _Memory(peak, None if peak is None or held is None else peak - held)
 
 
 # ------------------------------------------------------------------------------------------------------------------ compare

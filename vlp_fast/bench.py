@@ -250,7 +250,7 @@ class Benchmark:
                 tick(f"{model} {size} {task} {backend}: first call")
                 try:
                     calls[backend] = self._call(task, objective, feed)
-                    peak, own = peak_memory(calls[backend], s.device)
+                    peak, _, own = peak_memory(calls[backend], s.device)
                     values[backend] = {"peak_mb": peak, "note": "" if own else "peak memory is the whole process's so far"}
                 except (ValueError, RuntimeError) as error:
                     calls.pop(backend, None)

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["MIN_STEPS", "Timing", "measure", "peak_memory", "prepare_process"]
+__all__ = ["MIN_STEPS", "PeakMemory", "Timing", "measure", "peak_memory", "prepare_process"]
 
 MIN_STEPS = 3  # calls measured however long they take
 MB = 2**20
@@ -95,17 +96,28 @@ def _nothing() -> None:
     pass
 
 
-def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> tuple[float | None, bool]:
-    """Runs `call` once: (peak in MB of 2**20 bytes, whether it is this call's own).
+class PeakMemory(NamedTuple):
+    """Memory of a call in MB of 2**20 bytes; None where the system does not tell.
 
-    CUDA: most memory that tensors took, weights included. CPU: most resident memory of the process, interpreter and weights
-    included; where the system cannot reset that number, the peak since the process began, and then the second value is False.
+    Attributes:
+        peak: CUDA: most memory that tensors took, weights included. CPU: most resident memory of the process, interpreter and weights
+            included. held: the same before the call: what stays between calls. own: whether the peak is this call's own; False
+            where the system cannot reset that number, and it is the peak since the process began.
     """
+
+    peak: float | None
+    held: float | None
+    own: bool
+
+
+def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> PeakMemory:
+    """Runs `call` once, and says what memory it took."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / MB
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / MB, True
+        return PeakMemory(torch.cuda.max_memory_allocated() / MB, before, True)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls have freed; glibc only
@@ -114,12 +126,19 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         own = False
+    held = _resident("VmRSS")
     call()
+    peak = _resident("VmHWM")
+    return PeakMemory(_process_peak(), held, False) if peak is None else PeakMemory(peak, held, own)
+
+
+def _resident(name: str) -> float | None:
+    """VmRSS, memory of the process that is resident now, or VmHWM, the most since that number was reset, in MB; None where not Linux."""
     try:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024, own
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     except (OSError, StopIteration):
-        return _process_peak(), False
+        return None
+    return int(line.split()[1]) / 1024
 
 
 def _process_peak() -> float | None:

@@ -82,7 +82,7 @@ def bench(
       ceilings  {gflops_per_second, copy_gb_per_second} of this machine
       rows      [{case, provider, ours, speedup, ms_median, ms_q1, ms_q3, ms_min, ms_max, steps, gflops,
                 gflops_per_second, ceiling_share, gb_per_second, copy_share, per_second, unit, peak_mb,
-                memory_ratio}]
+                memory_ratio, rise_mb, rise_ratio}]
       wrong, absent  [{case, provider, reason}]
     """
     if suite:

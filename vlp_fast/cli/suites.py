@@ -87,7 +87,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     columns = ["median ms", "quartiles", "n", "speed", "GFLOPs", "of peak"]
     columns += [
         name
-        for name, key in (("of copy", "copy_share"), ("per s", "per_second"), ("MB", "peak_mb"), ("memory", "peak_mb"))
+        for name, key in (
+            ("of copy", "copy_share"),
+            ("per s", "per_second"),
+            ("MB", "peak_mb"),
+            ("memory", "peak_mb"),
+            ("rise", "peak_mb"),
+        )
         if shown[key]
     ]
     for name in columns:
@@ -103,7 +109,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         cells += [_percent(row["copy_share"])] if shown["copy_share"] else []
         cells += ["-" if row["per_second"] is None else _short(row["per_second"])] if shown["per_second"] else []
         if shown["peak_mb"]:
-            cells += ["-" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}", _ratio(row["memory_ratio"])]
+            cells += [
+                "-" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
+                _ratio(row["memory_ratio"]),
+                _ratio(row["rise_ratio"]),
+            ]
         table.add_row(f"  {row['provider']}", *cells)
         previous = row["case"]
     console.print(table)
