@@ -125,7 +125,7 @@ def _step(options: Options, model: str, context: Context, predicted: float, why:
 def _cast_once(options: Options, predicted: float, why: str) -> Case:
     steps = _built(options, "blip")
     call = bench_steps._training(steps.own, lambda: steps.own_step("packed"), steps.weights, options)
-    context = lambda: patch("vlp_fast.training.objective.parameters_cast_once", nullcontext)  # noqa: E731
+    context = lambda: patch("vlp_fast.training.objective.parameters_shared", nullcontext)  # noqa: E731
     return _compared(context, call, predicted, why, "without")
 
 

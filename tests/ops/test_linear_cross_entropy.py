@@ -328,3 +328,23 @@ def test_linear_cross_entropy_errors(change, words):
     }
     with pytest.raises(ValueError, match=words):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_is_kept_gives_its_gradients_again(dtype):
+    """A loss of weight 1 hands on the gradients that its forward has formed: they must not be changed by who gets them."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(6, 8).to(dtype), torch.randn(11, 8).to(dtype), torch.randint(0, 11, (6,))
+    weight.requires_grad_()
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone(), hidden.grad.clone()
+    assert first[0].abs().max() > 0
+    for times in (2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(weight.grad, times * first[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(hidden.grad, times * first[1], rtol=1e-2, atol=1e-2)
+    weight.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, first[0])

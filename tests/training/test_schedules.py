@@ -7,9 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlp_fast.data.batches import Batch
+from vlp_fast.models import blip_preset
 from vlp_fast.models.vlmo import vlmo_preset
 from vlp_fast.ops import _autocast
 from vlp_fast.training import build_pretraining, synthetic_batch
+from vlp_fast.training.blip import BlipPretraining
 from vlp_fast.training.vlmo import VlmoPretraining
 
 SMALL = {"image_size": 32, "vocab_size": 100}
@@ -181,3 +183,34 @@ def test_a_parameter_is_cast_once_for_all_forwards_of_a_step():
     assert casts == 2 * [torch.bfloat16]  # the contrast's pass and the packed one
     torch.testing.assert_close(once, often, rtol=0.02, atol=0.02 * often.abs().max().item())
     assert _autocast._casts.get() is None
+
+
+@pytest.mark.parametrize("losses", [None, ("itc",), ("lm",)])
+def test_gradients_of_lookups_and_of_the_tied_head_add_up_without_a_table_of_zeros_for_each(losses):
+    objective = BlipPretraining(blip_preset("tiny"), losses=losses).double().eval()
+    batch = synthetic_batch(objective.model.config, [5, 3])
+    batch = replace(batch, images=batch.images.double())
+    weight = objective.model.text_tower.embedding.word.weight
+    dense, start = [], {name: t.clone() for name, t in objective.state_dict().items()}
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.embedding_dense_backward.default and args[2] == len(weight):
+                dense.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def gradient(call):
+        torch.manual_seed(0)
+        objective.zero_grad()
+        objective.load_state_dict(start)  # momentum and queue move on
+        with Counted():
+            found = call(batch, negatives=(torch.tensor([1, 0]), torch.tensor([1, 0])))
+            objective.total(found).backward()
+        return weight.grad.clone()
+
+    shared = gradient(objective)
+    assert not dense
+    alone = gradient(objective.forward)
+    assert len(dense) == (2 if losses is None else 1)
+    assert shared.layout == torch.strided
+    torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-14)

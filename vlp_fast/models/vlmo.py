@@ -30,6 +30,7 @@ from vlp_fast.modules import (
     MultiwayLinear,
     PatchDrop,
     PatchEmbedding,
+    WordEmbedding,
     init_transformer,
 )
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
@@ -421,7 +422,7 @@ class Vlmo(nn.Module):
         self.num_image_tokens = self.patch_embedding.num_patches + 1
         self.patch_drop = PatchDrop(self.patch_embedding.num_patches, config.patch_drop, class_token=True)
         self.class_token = nn.Parameter(torch.zeros(dim))
-        self.word = nn.Embedding(config.vocab_size, dim)
+        self.word = WordEmbedding(config.vocab_size, dim)
         self.sentence_type = nn.Parameter(torch.zeros(2, dim))  # BERT's table, of which only row 0 is read
         self.image_position = None if config.relative else nn.Parameter(torch.zeros(self.num_image_tokens, dim))
         self.text_position = None if config.relative else nn.Embedding(config.max_positions, dim)

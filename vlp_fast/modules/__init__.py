@@ -3,7 +3,7 @@
 from vlp_fast.modules.attention import CrossAttention, SelfAttention
 from vlp_fast.modules.blocks import PostNormBlock, PreNormBlock
 from vlp_fast.modules.dropout import Dropout
-from vlp_fast.modules.embeddings import PatchDrop, PatchEmbedding, TextEmbedding, init_transformer
+from vlp_fast.modules.embeddings import PatchDrop, PatchEmbedding, TextEmbedding, WordEmbedding, init_transformer
 from vlp_fast.modules.features import unit_features
 from vlp_fast.modules.feedforward import MLP, DropPath
 from vlp_fast.modules.linear import Linear
@@ -33,6 +33,7 @@ __all__ = [
     "SelfAttention",
     "TextEmbedding",
     "VisionTransformer",
+    "WordEmbedding",
     "init_transformer",
     "unit_features",
     "rotary_table",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp_fast.modules.dropout import Dropout
 from vlp_fast.modules.linear import Linear
+from vlp_fast.ops._autocast import table_of_lookups
 from vlp_fast.segments import Segments
 
-__all__ = ["PatchDrop", "PatchEmbedding", "TextEmbedding"]
+__all__ = ["PatchDrop", "PatchEmbedding", "TextEmbedding", "WordEmbedding"]
 
 
 class PatchEmbedding(nn.Module):
@@ -105,6 +107,18 @@ class PatchDrop(nn.Module):
         return max(round((1.0 - self.share) * patches), min(patches, 1)) if self.training else patches
 
 
+class WordEmbedding(nn.Embedding):
+    """nn.Embedding of words, with a head of the same weight or without. Shape: int64 ``[rows]`` -> ``[rows, embedding_dim]``."""
+
+    def table(self) -> Tensor:
+        """The weight, for a head: within a step on a CPU its gradient is added to those of the lookups (`ops._autocast`)."""
+        return table_of_lookups(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = self.table()
+        return F.embedding(input, table, self.padding_idx, sparse=table is not self.weight)
+
+
 class TextEmbedding(nn.Module):
     """Word plus learned position embedding, then (BERT) LayerNorm and dropout.
 
@@ -126,7 +140,7 @@ class TextEmbedding(nn.Module):
         padding_idx: int | None = None,
     ) -> None:
         super().__init__()
-        self.word = nn.Embedding(vocab_size, dim, padding_idx=padding_idx)
+        self.word = WordEmbedding(vocab_size, dim, padding_idx=padding_idx)
         self.position = nn.Embedding(max_positions, dim)
         self.norm = nn.Identity() if eps is None else nn.LayerNorm(dim, eps)
         self.dropout = Dropout(dropout_p)

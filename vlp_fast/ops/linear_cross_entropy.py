@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vlp_fast.ops._autocast import autocast_to_compute
 from vlp_fast.ops._backends import choose_own_backend
+from vlp_fast.ops._direct import runs_directly
 from vlp_fast.ops._products import mm
 
 __all__ = ["linear_cross_entropy"]
@@ -323,9 +324,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _grad(ctx, dloss, *_):
-    grads = (
-        _scale(dloss, *ctx.saved_tensors, ctx.products) if ctx.scalar else _backward(dloss, *ctx.saved_tensors, *ctx.settings)
-    )
+    if not ctx.scalar:
+        grads = _backward(dloss, *ctx.saved_tensors, *ctx.settings)
+    elif runs_directly("torch", dloss, *ctx.saved_tensors) and float(dloss) == 1.0:
+        grads = ctx.saved_tensors  # a loss of weight 1, of which the forward has formed the gradients themselves
+    else:
+        grads = _scale(dloss, *ctx.saved_tensors, ctx.products)
     return (*(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 8)
 
 

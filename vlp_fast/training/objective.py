@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlp_fast.data.batches import Batch
 from vlp_fast.ops import attention_only
-from vlp_fast.ops._autocast import parameters_cast_once
+from vlp_fast.ops._autocast import parameters_shared
 
 __all__ = ["SCHEDULES", "PretrainingObjective"]
 T = TypeVar("T")
@@ -45,8 +45,8 @@ class PretrainingObjective(nn.Module):
         self.losses = tuple(name for name in self.loss_weights if losses is None or name in losses)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's; under autocast the forwards of this step share their casts of parameters."""
-        with parameters_cast_once():
+        """As nn.Module's; the forwards of this step share their casts of parameters and the gradients of a table of words."""
+        with parameters_shared():
             return super().__call__(*args, **kwargs)
 
     @property
