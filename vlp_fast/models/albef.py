@@ -263,10 +263,6 @@ class AlbefEncoders(nn.Module):
         (rows,) = self.text_encoder([TextPass("text", token_ids, segments)])
         return rows
 
-    def text_features(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows of the text encoder -> contrastive features ``[captions, embed_dim]``, L2-normalised."""
-        return project(rows, segments, self.text_projection)
-
     def fuse(self, rows: Tensor, segments: Segments, image: ImageOutput, images: Sequence[int] | Tensor) -> Tensor:
         """Rows of the text encoder, caption i with image ``images[i]`` -> ``[rows, dim]``."""
         (fused,) = self.fusion_encoder([TextPass("fusion", rows, segments, images=images)], image.rows, image.segments)

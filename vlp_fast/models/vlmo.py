@@ -127,7 +127,8 @@ class VlmoOutput(NamedTuple):
 
 
 class VlmoContrast(NamedTuple):
-    """As `VlmoOutput`; vl_features: ``[samples, dim]``, of the top layers run again with their vision-language experts."""
+    """As `VlmoOutput`; vl_features: ``[samples, dim]``, of the top layers run again with their vision-language experts. Where only one
+    of the two was asked for, the other is ``[0, dim]``."""
 
     rows: Tensor
     segments: Segments
@@ -293,11 +294,11 @@ class VlmoEncoder(nn.Module):
 
         image_positions: int64 ``[image rows]``, the token of its image that each row is; None: images have all tokens.
         first_row_only: ``[samples, dim]``, the first row of each sample's text; the last layer computes no other.
-        num_pairs: not samples with two parts, but texts alone, so many pairs, images alone: see `_mixed`.
+        num_pairs: not samples with two parts, but texts alone, so many pairs, images alone, and one entry returned: see `_mixed`.
         parts: for a profile, what each loss has of this call.
         """
         if num_pairs is not None:
-            return self._mixed(rows, text_lengths, image_lengths, image_positions, num_pairs)
+            return self._mixed(rows, text_lengths, image_lengths, vl, image_positions, num_pairs)
         text, total = sum(text_lengths), len(rows)
         plan = AttentionPlan.joint(text_lengths, image_lengths, rows.device)
         alike = image_positions is None and len(set(zip(text_lengths, image_lengths, strict=True))) == 1
@@ -322,23 +323,24 @@ class VlmoEncoder(nn.Module):
         rows: Tensor,
         text_lengths: Sequence[int],
         image_lengths: Sequence[int],
+        vl: Sequence[bool],
         image_positions: Tensor | None,
         num_pairs: int,
     ) -> list[Tensor]:
         """Texts alone, pairs and images alone in one forward, whose top layers have the vision-language experts for pairs, and for all
-        that is alone both kinds: its rows are there twice.
+        that is alone those of each entry of `vl`: with two entries its rows are there twice.
 
         Args:
             rows: of texts alone, of the pairs' texts, of the pairs' images, of images alone. text_lengths: of the former two.
                 image_lengths, image_positions: of the latter two.
 
         Returns: first rows of texts alone, of images alone, both again from the vision-language experts; text rows of the pairs.
+            What `vl` does not name is ``[0, dim]``.
         """
         texts, images = len(text_lengths) - num_pairs, len(image_lengths) - num_pairs
         alone_text, alone_image = sum(text_lengths[:texts]), sum(image_lengths[num_pairs:])
-        parts_of_text, parts_of_image = [*text_lengths, *[0] * images], [*[0] * texts, *image_lengths]
         samples, text, total = texts + num_pairs + images, sum(text_lengths), len(rows)
-        plan = AttentionPlan.joint(parts_of_text, parts_of_image, rows.device)
+        plan = AttentionPlan.joint([*text_lengths, *[0] * images], [*[0] * texts, *image_lengths], rows.device)
         dropped = self._dropped(torch.arange(2 * samples), plan)
         positions = self._positions(plan, text, image_positions)
         by_sample = None if dropped is None else dropped % samples
@@ -346,23 +348,33 @@ class VlmoEncoder(nn.Module):
         rows = self._run(rows, 0, self.vl_start, lower)
 
         # what is alone goes to the experts of its modality in front of all rows, which go to those of both
-        lengths = [*text_lengths[:texts], *image_lengths[num_pairs:]]
-        front, alone = len(lengths), alone_text + alone_image
+        own_texts, own_images = (texts, images) if False in vl else (0, 0)
+        vl_texts, vl_images = (texts, images) if True in vl else (0, 0)
+        if True not in vl:
+            plan = AttentionPlan.joint(text_lengths[texts:], image_lengths[:num_pairs], rows.device)
+        split = total - alone_image
+
+        def top_rows(x: Tensor) -> Tensor:
+            front = [x[:alone_text], x[split:]] if False in vl else []
+            return torch.cat([*front, x if True in vl else x[alone_text:split]])
+
+        lengths = [*text_lengths[:own_texts], *image_lengths[len(image_lengths) - own_images :]]
+        front, back = len(lengths), vl_texts + num_pairs + vl_images
         assert plan.host_edges is not None
         edges = [(i, i, False) for i in range(front)]
         edges += [(front + query, front + key, bool(causal)) for query, key, causal in plan.host_edges.tolist()]
         segments = Segments([*lengths, *plan.query.lengths], rows.device)
         both = AttentionPlan.from_edges(segments, segments, edges)
-        again = torch.cat([torch.arange(front), front + torch.arange(2 * samples) % samples])
+        again = torch.cat([torch.arange(front), front + torch.arange(back).repeat(2)])
         groups = self._dropped(again, both)
-        split = total - alone_image
         if positions is not None:
-            positions = torch.cat([positions[:alone_text], positions[split:], positions])
-        offsets = (0, alone_text, alone, alone + total)
-        top = VlmoStage(both, positions, self._pairs(both, positions), offsets, groups, groups, front + samples)
-        kept = [*[1] * (front + texts), *text_lengths[texts:], *[0] * (images + texts + num_pairs), *[1] * images]
-        out = self._top(torch.cat([rows[:alone_text], rows[split:], rows]), self._reading(top, kept))
-        text_first, image_first, text_vl, pairs, image_vl = out.split([texts, images, texts, sum(text_lengths[texts:]), images])
+            positions = top_rows(positions)
+        offsets = (0, sum(text_lengths[:own_texts]), sum(lengths), segments.rows)
+        top = VlmoStage(both, positions, self._pairs(both, positions), offsets, groups, groups, front + back)
+        kept = [*[1] * (front + vl_texts), *text_lengths[texts:], *[0] * (vl_images + vl_texts + num_pairs), *[1] * vl_images]
+        out = self._top(top_rows(rows), self._reading(top, kept))
+        counts = [own_texts, own_images, vl_texts, sum(text_lengths[texts:]), vl_images]
+        text_first, image_first, text_vl, pairs, image_vl = out.split(counts)
         return [text_first, image_first, text_vl, image_vl, pairs]
 
     def _run(self, x: Tensor, first: int, end: int, stage: VlmoStage) -> Tensor:
@@ -490,18 +502,15 @@ class Vlmo(nn.Module):
         rows = self._alone_image(images, (False,))[0]
         return VlmoOutput(rows, segments, _features(rows, segments, self.image_projection))
 
-    def contrast_text(self, token_ids: Tensor, segments: Segments) -> VlmoContrast:
-        """`encode_text`, and the top layers a second time with their vision-language experts."""
-        rows, vl_rows = self._alone_text(token_ids, segments, (False, True))
-        vl_features = _features(vl_rows, segments, self.vl_text_projection)
-        return VlmoContrast(rows, segments, _features(rows, segments, self.text_projection), vl_features)
+    def contrast_text(self, token_ids: Tensor, segments: Segments, vl: Sequence[bool] = (False, True)) -> VlmoContrast:
+        """`encode_text` (False), and the top layers a second time with their vision-language experts (True); or one of the two."""
+        found = self._alone_text(token_ids, segments, vl)
+        return _contrast(found, segments, vl, (self.text_projection, self.vl_text_projection))
 
-    def contrast_image(self, images: Tensor) -> VlmoContrast:
-        """`encode_image`, and the top layers a second time with their vision-language experts."""
-        segments = self.image_segments(images)
-        rows, vl_rows = self._alone_image(images, (False, True))
-        vl_features = _features(vl_rows, segments, self.vl_image_projection)
-        return VlmoContrast(rows, segments, _features(rows, segments, self.image_projection), vl_features)
+    def contrast_image(self, images: Tensor, vl: Sequence[bool] = (False, True)) -> VlmoContrast:
+        """`encode_image` (False), and the top layers a second time with their vision-language experts (True); or one of the two."""
+        found = self._alone_image(images, vl)
+        return _contrast(found, self.image_segments(images), vl, (self.image_projection, self.vl_image_projection))
 
     def encode_pairs(self, images: Tensor, token_ids: Tensor, segments: Segments) -> VlmoPairs:
         """Pairs: caption i and image i attend to each other; vision-language experts in the top layers.
@@ -529,23 +538,43 @@ class Vlmo(nn.Module):
         return torch.tanh(self.pooler(first))
 
     def contrast_and_mask(
-        self, images: Tensor, token_ids: Tensor, segments: Segments, masked_ids: Tensor, index: Sequence[int]
+        self,
+        images: Tensor,
+        token_ids: Tensor,
+        segments: Segments,
+        masked_ids: Tensor | None,
+        index: Sequence[int],
+        vl: Sequence[bool] = (False, True),
     ) -> tuple[VlmoContrast, VlmoContrast, Tensor]:
         """`contrast_image` and `contrast_text`, without rows, and text rows ``[rows, dim]`` of pairs whose captions are masked, as one
         forward.
 
-        masked_ids: int64 ``[rows]``, the captions with some words hidden. index: the image of each caption.
+        masked_ids: int64 ``[rows]``, the captions with some words hidden; None: no pairs. index: the image of each caption. vl: as in
+        `contrast_image`; empty: no contrast.
         """
-        tokens = self.embed_images(images)
-        (paired, paired_positions), (image, positions) = self._image_rows(tokens, index), self._image_rows(tokens)
-        if positions is not None and paired_positions is not None:
-            positions = torch.cat([paired_positions, positions])
-        rows = torch.cat([self.embed_text(token_ids, segments), self.embed_text(masked_ids, segments), paired, image])
-        image_lengths = [self.patch_drop.kept_rows] * (len(segments) + len(images))
-        alone, pairs = segments.rows + len(image), segments.rows + len(paired)
-        parts = (("itc", len(segments) + len(images), alone), ("mlm", len(segments), pairs))
+        tokens, length = self.embed_images(images), self.patch_drop.kept_rows
+        texts, shown, parts = [], [], []
+        num_pairs = num_images = 0
+        if masked_ids is not None:
+            num_pairs = len(segments)
+            shown.append(self._image_rows(tokens, index))
+            parts.append(("mlm", num_pairs, segments.rows + num_pairs * length))
+        if vl:
+            num_images = len(images)
+            texts.append(self.embed_text(token_ids, segments))
+            shown.append(self._image_rows(tokens))
+            parts.append(("itc" if False in vl else "itc_vl", len(segments) + num_images, segments.rows + num_images * length))
+        if masked_ids is not None:
+            texts.append(self.embed_text(masked_ids, segments))
+        positions = [p for _, p in shown if p is not None]
         found = self.encoder(
-            rows, 2 * segments.lengths, image_lengths, image_positions=positions, num_pairs=len(segments), parts=parts
+            torch.cat([*texts, *(rows for rows, _ in shown)]),
+            len(texts) * segments.lengths,
+            [length] * (num_pairs + num_images),
+            vl,
+            image_positions=torch.cat(positions) if positions else None,
+            num_pairs=num_pairs,
+            parts=tuple(parts),
         )
         text, picture, vl_text, vl_picture, masked = found
         projections = (self.image_projection, self.vl_image_projection, self.text_projection, self.vl_text_projection)
@@ -588,6 +617,16 @@ class Vlmo(nn.Module):
             return tokens if chosen is None else images[chosen].flatten(0, 1), None
         chosen = torch.arange(len(images), device=tokens.device) if chosen is None else chosen
         return images[chosen[:, None], kept].flatten(0, 1), kept.flatten()
+
+
+def _contrast(
+    found: Sequence[Tensor], segments: Segments, vl: Sequence[bool], projections: tuple[nn.Module, nn.Module]
+) -> VlmoContrast:
+    """Rows, and features of what the encoder found for each entry of `vl`."""
+    features = [found[0][:0], found[0][:0]]
+    for joint, rows in zip(vl, found, strict=True):
+        features[joint] = _features(rows, segments, projections[joint])
+    return VlmoContrast(found[0], segments, *features)
 
 
 def _features(rows: Tensor, segments: Segments, projection: nn.Module) -> Tensor:

@@ -65,14 +65,16 @@ class AlbefPretraining(PretrainingObjective):
     Args:
         config: of the model. schedule: "packed": captions as they are and masked are one forward of the text encoder, and all that is
             fused with images one of the fusion encoder; or "published", one forward each.
+        losses: some of "itc", "itm", "mlm"; None: all. What serves only losses left out does not run (the momentum encoders serve "itc"
+            and "mlm", the queue "itc") and gets no gradient.
 
     Example: ``losses = step(step.prepare(batch)); step.total(losses).backward()``
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"itc": 1.0, "itm": 1.0, "mlm": 1.0}
 
-    def __init__(self, config: AlbefConfig, schedule: str = "packed") -> None:
-        super().__init__(schedule)
+    def __init__(self, config: AlbefConfig, schedule: str = "packed", losses: Sequence[str] | None = None) -> None:
+        super().__init__(schedule, losses)
         self.model = Albef(config)
         self.momentum = AlbefMomentum(self.model)
 
@@ -118,73 +120,89 @@ class AlbefPretraining(PretrainingObjective):
                 ``[captions]`` each; default: drawn by similarity. They are read on the host, the one place where a step waits for the
                 device: captions differ in length.
 
-        Returns: scalars "itc", "itm", "mlm".
+        Returns: scalars "itc", "itm", "mlm", or those of them that `losses` names.
+        Raises: ValueError for "itm" without "itc", whose similarities say which negatives are hard, and without `negatives`.
         """
+        self.check_negatives(negatives)
         model, momentum, pairs = self.model, self.momentum, inputs.pairs
-        captions, size, image_of, whole = pairs.segments(), pairs.batch_size, pairs.image_of(), not self.packed
+        captions, image_of = pairs.segments(), pairs.image_of()
+        itc, itm, mlm = (name in self.losses for name in self.loss_weights)
+        made: dict[str, Tensor] = {}
         with torch.no_grad():
             model.temperature.clamp_(*TEMPERATURE_RANGE)
-        plain = TextPass("itc", pairs.token_ids, captions, loss="itc")
-        hidden = TextPass("mlm", inputs.masked_ids, captions, loss="mlm")
-        with loss_scope("itc"):
+        plain = TextPass("plain", pairs.token_ids, captions, first_row_only=not itm, loss=self.losses[0])
+        hidden = TextPass("masked", inputs.masked_ids, captions, loss="mlm")
+        with loss_scope(self.losses[0]):
             image = model.encode_image(pairs.images)
-        text, masked_text = self._forwards(model.text_encoder, [plain, hidden], whole=whole)
-        with loss_scope("itc"):
-            image_features, text_features = pairs.of_captions(image.features), model.text_features(text, captions)
+        captioned = [p for p, needed in ((plain, itc or itm), (hidden, mlm)) if needed]
+        text = self._forwards(model.text_encoder, captioned)
+        if itc or mlm:
             with torch.no_grad():
-                momentum.update(model)
-                slow_image = momentum.encode_image(pairs.images)
-        with torch.no_grad():
-            first = replace(plain, first_row_only=True)
-            slow_first, slow_masked = self._forwards(momentum.text_encoder, [first, hidden], whole=whole)
-        with loss_scope("itc"):
-            slow_text_features = unit_features(momentum.text_projection(slow_first))
-            image_keys, text_keys = momentum.keys(pairs.of_captions(slow_image.features), slow_text_features)
-            scale, own = 1.0 / model.temperature, slice(0, size)
-            i2t = losses.distilled_contrastive_loss(
-                image_features, image_keys[own], text_keys, scale, alpha, backend=self.backend
-            )
-            t2i = losses.distilled_contrastive_loss(
-                text_features, text_keys[own], image_keys, scale, alpha, backend=self.backend
-            )
-            itc = (i2t + t2i) / 2
-            momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
-            if negatives is None:
-                negatives = (
-                    losses.hard_negatives(text_features, image_keys[own], scale, floor=0.0, backend=self.backend),
-                    losses.hard_negatives(image_features, text_keys[own], scale, floor=0.0, backend=self.backend),
-                )
+                with loss_scope("itc" if itc else "mlm"):
+                    momentum.update(model)
+                    slow_image = momentum.encode_image(pairs.images)
+                slow_plain = replace(plain, first_row_only=True)
+                captioned = [p for p, needed in ((slow_plain, itc), (hidden, mlm)) if needed]
+                slow_text = self._forwards(momentum.text_encoder, captioned)
+        if itc:
+            with loss_scope("itc"):
+                first = text["plain"][captions.first_rows()] if itm else text["plain"]
+                text_features = unit_features(model.text_projection(first))
+                slow_text_features = unit_features(momentum.text_projection(slow_text["plain"]))
+                keys = momentum.keys(pairs.of_captions(slow_image.features), slow_text_features)
+                features, draw = pairs.of_captions(image.features), itm and negatives is None
+                made["itc"], drawn = self._contrast(features, text_features, *keys, alpha, draw)
+                negatives = negatives or drawn
+
+        passes: list[TextPass] = []
+        if itm:
+            assert negatives is not None
             # the step's one host sync: captions differ in length, so which are negatives decides how many rows follow
             other_image, other_caption = torch.stack(negatives).tolist()
+            rows, other_captions = captions.take(other_caption)
+            words, both = text["plain"], Segments([*captions.lengths, *other_captions.lengths], image.rows.device)
+            wrong = [*(image_of[i] for i in other_image), *image_of]
+            passes += [
+                TextPass("itm_positive", words, captions, images=image_of, first_row_only=True, loss="itm"),
+                TextPass("itm_negative", torch.cat([words, words[rows]]), both, images=wrong, first_row_only=True, loss="itm"),
+            ]
+        if mlm:
+            passes.append(TextPass("mlm", text["masked"], captions, images=image_of, loss="mlm"))
+        fused = self._forwards(model.fusion_encoder, passes, image.rows, image.segments)
+        if itm:
+            with loss_scope("itm"):
+                matched = torch.cat([fused["itm_positive"], fused["itm_negative"]])
+                made["itm"] = losses.matching_loss(model.matching_logits(matched), num_positive=pairs.batch_size)
+        if mlm:
+            with loss_scope("mlm"):
+                with torch.no_grad():
+                    slow_pass = TextPass("mlm", slow_text["masked"], captions, images=image_of, loss="mlm")
+                    (slow_fused,) = momentum.fusion_encoder([slow_pass], slow_image.rows, slow_image.segments)
+                    teacher = momentum.word_logits(slow_fused[inputs.masked_rows])
+                words = model.word_logits(fused["mlm"][inputs.masked_rows])
+                made["mlm"] = losses.distilled_cross_entropy(words, teacher, pairs.token_ids[inputs.masked_rows], alpha)
+        return made
 
-        rows, other_captions = captions.take(other_caption)
-        both = Segments([*captions.lengths, *other_captions.lengths], text.device)
-        wrong = [*(image_of[i] for i in other_image), *image_of]
-        fused = self._forwards(
-            model.fusion_encoder,
-            [
-                TextPass("itm_positive", text, captions, images=image_of, first_row_only=True, loss="itm"),
-                TextPass("itm_negative", torch.cat([text, text[rows]]), both, images=wrong, first_row_only=True, loss="itm"),
-                TextPass("mlm", masked_text, captions, images=image_of, loss="mlm"),
-            ],
-            image.rows,
-            image.segments,
-            whole=whole,
-        )
-        with loss_scope("itm"):
-            itm = losses.matching_loss(model.matching_logits(torch.cat(fused[:2])), num_positive=size)
-        with loss_scope("mlm"):
-            with torch.no_grad():
-                slow_pass = TextPass("mlm", slow_masked, captions, images=image_of, loss="mlm")
-                (slow_fused,) = momentum.fusion_encoder([slow_pass], slow_image.rows, slow_image.segments)
-                teacher = momentum.word_logits(slow_fused[inputs.masked_rows])
-            words = model.word_logits(fused[2][inputs.masked_rows])
-            mlm = losses.distilled_cross_entropy(words, teacher, pairs.token_ids[inputs.masked_rows], alpha)
-        return {"itc": itc, "itm": itm, "mlm": mlm}
+    def _contrast(
+        self, image: Tensor, text: Tensor, image_keys: Tensor, text_keys: Tensor, alpha: float, draw: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The contrastive loss, after which the queue has moved on; and, with `draw`, hard negatives of both kinds."""
+        scale, own, backend = 1.0 / self.model.temperature, slice(0, len(text)), self.backend
+        i2t = losses.distilled_contrastive_loss(image, image_keys[own], text_keys, scale, alpha, backend=backend)
+        t2i = losses.distilled_contrastive_loss(text, text_keys[own], image_keys, scale, alpha, backend=backend)
+        self.momentum.enqueue(gather_features(image_keys[own]), gather_features(text_keys[own]))
+        negatives = None
+        if draw:
+            negatives = (
+                losses.hard_negatives(text, image_keys[own], scale, floor=0.0, backend=backend),
+                losses.hard_negatives(image, text_keys[own], scale, floor=0.0, backend=backend),
+            )
+        return (i2t + t2i) / 2, negatives
 
-    def _forwards(self, tower: nn.Module, passes: Sequence[TextPass], *images: object, whole: bool) -> list[Tensor]:
+    def _forwards(self, tower: nn.Module, passes: Sequence[TextPass], *images: object) -> dict[str, Tensor]:
+        """What the tower makes of each pass, by its name."""
         found: list[Tensor] = []
-        for group in self.grouped(passes):
+        for group in self.grouped(passes) if passes else []:
             with loss_scope(str(group[0].loss)):
-                found += tower(group, *images, whole=whole)
-        return found
+                found += tower(group, *images, whole=not self.packed)
+        return dict(zip([p.name for p in passes], found, strict=True))

@@ -45,6 +45,10 @@ class MaskedImages:
     targets: Tensor
     counts: tuple[int, ...]
 
+    def none(self) -> MaskedImages:
+        """No images."""
+        return MaskedImages(self.images[:0], self.mask[:0], self.rows[:0], self.targets[:0], ())
+
 
 @dataclass(frozen=True)
 class MaskedTexts:
@@ -60,6 +64,10 @@ class MaskedTexts:
     def segments(self) -> Segments:
         return Segments(self.lengths, self.token_ids.device)
 
+    def none(self) -> MaskedTexts:
+        """No captions."""
+        return MaskedTexts(self.token_ids[:0], (), self.rows[:0], self.targets[:0], ())
+
 
 @dataclass(frozen=True)
 class Beit3Inputs:
@@ -73,6 +81,15 @@ class Beit3Inputs:
     def parts(self) -> tuple[MaskedImages, MaskedTexts, MaskedImages, MaskedTexts]:
         """images, texts, pair_images, pair_texts."""
         return self.images, self.texts, self.pair_images, self.pair_texts
+
+    def only(self, losses: Sequence[str]) -> Beit3Inputs:
+        """The inputs without the samples that none of `losses` needs."""
+        return Beit3Inputs(
+            self.images if "mim" in losses else self.images.none(),
+            self.texts if "mlm" in losses else self.texts.none(),
+            self.pair_images if "mvlm" in losses else self.pair_images.none(),
+            self.pair_texts if "mvlm" in losses else self.pair_texts.none(),
+        )
 
     def to(self, device: torch.device | str) -> Beit3Inputs:
         """The inputs on `device`."""
@@ -93,6 +110,8 @@ class Beit3Pretraining(PretrainingObjective):
         config: of the model. visual_tokenizer: gives the ids of patches; its codes must fit ``config.visual_vocab_size``.
         mask_id, special_ids: of the text tokenizer; special tokens are never hidden. schedule: "packed", one forward of a mixed batch, or
             "published", three.
+        losses: some of "mim", "mlm", "mvlm"; None: all. What serves only losses left out (samples, the visual tokenizer of their images)
+            does not run and gets no gradient, or zeros where it shares a parameter with another expert.
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"mim": 1.0, "mlm": 1.0, "mvlm": 1.0}
@@ -106,8 +125,9 @@ class Beit3Pretraining(PretrainingObjective):
         mask_id: int,
         special_ids: Sequence[int],
         schedule: str = "packed",
+        losses: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, losses)
         if visual_tokenizer.num_codes > config.visual_vocab_size:
             raise ValueError(
                 f"visual_vocab_size must hold the visual tokenizer's {visual_tokenizer.num_codes} codes; "
@@ -125,19 +145,23 @@ class Beit3Pretraining(PretrainingObjective):
         """Masks a batch on the host: 40 % of image patches block-wise, 15 % of the words of texts, 50 % of those of pairs.
 
         Args:
-            batch: pairs. generator: of the masks. unpaired: whose images and captions stand alone; default: the pairs' own.
+            batch: pairs. generator: of the masks, which are the same whichever losses are left out. unpaired: whose images and captions
+                stand alone; default: the pairs' own.
         """
         alone = batch if unpaired is None else unpaired
         return Beit3Inputs(
-            self._mask_images(alone.images, generator),
+            self._mask_images(alone.images, generator, "mim"),
             self._mask_texts(alone, TEXT_RATIO, generator),
-            self._mask_images(batch.images, generator),
+            self._mask_images(batch.images, generator, "mvlm"),
             self._mask_texts(batch, PAIR_TEXT_RATIO, generator),
         )
 
-    def _mask_images(self, images: Tensor, generator: torch.Generator | None) -> MaskedImages:
+    def _mask_images(self, images: Tensor, generator: torch.Generator | None, loss: str) -> MaskedImages:
         grid = self.model.patch_embedding.grid
         mask = blockwise_mask(len(images), grid, grid, IMAGE_RATIO, generator)
+        if loss not in self.losses:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            return MaskedImages(images[:0], mask[:0], nothing, nothing, ())
         image, patch = mask.nonzero(as_tuple=True)
         rows = image * self.model.num_image_tokens + 1 + patch  # the class token comes first
         counts = tuple(mask.sum(1).tolist())
@@ -151,12 +175,13 @@ class Beit3Pretraining(PretrainingObjective):
         return MaskedTexts(masked.input_ids, tuple(batch.text_lengths), rows, batch.token_ids[rows], counts)
 
     def forward(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
-        """The three losses of one step: scalars "mim", "mlm", "mvlm" (the pair's image and text losses added)."""
+        """The three losses of one step: scalars "mim", "mlm", "mvlm" (the pair's image and text losses added), or those of them that
+        `losses` names."""
         return self._mixed(inputs) if self.packed else self._apart(inputs)
 
     def _mixed(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
         """One forward of the encoder, whose last layer computes masked rows only."""
-        model, (images, texts, pair_images, pair_texts) = self.model, inputs.parts()
+        model, (images, texts, pair_images, pair_texts) = self.model, inputs.only(self.losses).parts()
         counts = [*images.counts, *pair_images.counts]
         alone_rows, paired_rows = (sum(model.image_lengths(part.counts)) for part in (images, pair_images))
         read = Beit3Read(
@@ -165,7 +190,12 @@ class Beit3Pretraining(PretrainingObjective):
             torch.cat([pair_texts.rows, len(pair_texts.token_ids) + texts.rows]),
             [*[0] * len(images.images), *pair_texts.counts, *texts.counts],
         )
-        with loss_scope("mim"):
+        parts = (
+            ("mim", len(images.images), alone_rows),
+            ("mlm", len(texts.lengths), len(texts.token_ids)),
+            ("mvlm", len(pair_images.images), paired_rows + len(pair_texts.token_ids)),
+        )
+        with loss_scope(self.losses[0]):
             image, text = model.encode_mixed(
                 torch.cat([images.images, pair_images.images]),
                 torch.cat([images.mask, pair_images.mask]),
@@ -173,39 +203,45 @@ class Beit3Pretraining(PretrainingObjective):
                 Segments([*pair_texts.lengths, *texts.lengths], texts.token_ids.device),
                 len(pair_images.images),
                 read,
-                (
-                    ("mim", len(images.images), alone_rows),
-                    ("mlm", len(texts.lengths), len(texts.token_ids)),
-                    ("mvlm", len(pair_images.images), paired_rows + len(pair_texts.token_ids)),
-                ),
+                tuple(part for part in parts if part[0] in self.losses),
                 mask_counts=counts,
             )
         alone, paired = image.split([len(images.rows), len(pair_images.rows)])
         described, other = text.split([len(pair_texts.rows), len(texts.rows)])
-        with loss_scope("mim"):
-            mim = self._loss(alone, model.visual_head, images.targets)
-        with loss_scope("mlm"):
-            mlm = self._loss(other, model.word_head, texts.targets)
-        with loss_scope("mvlm"):
-            mvlm = self._loss(paired, model.visual_head, pair_images.targets)
-            mvlm = mvlm + self._loss(described, model.word_head, pair_texts.targets)
-        return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
+        made: dict[str, Tensor] = {}
+        if "mim" in self.losses:
+            with loss_scope("mim"):
+                made["mim"] = self._loss(alone, model.visual_head, images.targets)
+        if "mlm" in self.losses:
+            with loss_scope("mlm"):
+                made["mlm"] = self._loss(other, model.word_head, texts.targets)
+        if "mvlm" in self.losses:
+            with loss_scope("mvlm"):
+                of_images = self._loss(paired, model.visual_head, pair_images.targets)
+                made["mvlm"] = of_images + self._loss(described, model.word_head, pair_texts.targets)
+        return made
 
     def _apart(self, inputs: Beit3Inputs) -> dict[str, Tensor]:
         """A forward for each kind of sample."""
         model = self.model
-        with loss_scope("mim"):
-            out = model.encode_image(inputs.images.images, inputs.images.mask, inputs.images.counts)
-            mim = self._loss(out.image_at(inputs.images.rows), model.visual_head, inputs.images.targets)
-        with loss_scope("mlm"):
-            out = model.encode_text(inputs.texts.token_ids, inputs.texts.segments())
-            mlm = self._loss(out.text[inputs.texts.rows], model.word_head, inputs.texts.targets)
-        with loss_scope("mvlm"):
-            image, text = inputs.pair_images, inputs.pair_texts
-            out = model.encode_pairs(image.images, text.token_ids, text.segments(), image.mask, image.counts)
-            mvlm = self._loss(out.image_at(image.rows), model.visual_head, image.targets)
-            mvlm = mvlm + self._loss(out.text[text.rows], model.word_head, text.targets)
-        return {"mim": mim, "mlm": mlm, "mvlm": mvlm}
+        made: dict[str, Tensor] = {}
+        if "mim" in self.losses:
+            with loss_scope("mim"):
+                image = inputs.images
+                out = model.encode_image(image.images, image.mask, image.counts)
+                made["mim"] = self._loss(out.image_at(image.rows), model.visual_head, image.targets)
+        if "mlm" in self.losses:
+            with loss_scope("mlm"):
+                text = inputs.texts
+                out = model.encode_text(text.token_ids, text.segments())
+                made["mlm"] = self._loss(out.text[text.rows], model.word_head, text.targets)
+        if "mvlm" in self.losses:
+            with loss_scope("mvlm"):
+                image, text = inputs.pair_images, inputs.pair_texts
+                out = model.encode_pairs(image.images, text.token_ids, text.segments(), image.mask, image.counts)
+                of_images = self._loss(out.image_at(image.rows), model.visual_head, image.targets)
+                made["mvlm"] = of_images + self._loss(out.text[text.rows], model.word_head, text.targets)
+        return made
 
     def _loss(self, rows: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         """The loss of predicting what was hidden, from the hidden rows; 0 where nothing is hidden."""

@@ -91,8 +91,7 @@ class BlipPretraining(PretrainingObjective):
         Returns: scalars "itc", "itm", "lm", or those of them that `losses` names.
         Raises: ValueError for "itm" without "itc", whose similarities say which negatives are hard, and without `negatives`.
         """
-        if "itm" in self.losses and "itc" not in self.losses and negatives is None:
-            raise ValueError("negatives must be given for itm without itc, which draws them; received None.")
+        self.check_negatives(negatives)
         model, ids, captions, size = self.model, batch.token_ids, batch.segments(), batch.batch_size
         image_of = batch.image_of()
         made: dict[str, Tensor] = {}

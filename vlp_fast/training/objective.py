@@ -24,7 +24,7 @@ class PretrainingObjective(nn.Module):
 
     Args:
         schedule: how passes are grouped into forwards: "packed" or "published". Losses and gradients are the same.
-        losses: names of those to make, where the objective lets some be left out; None: all. What is left out costs no forward pass.
+        losses: names of those to make; None: all. What is left out costs no forward pass.
 
     Attributes:
         losses: names of those made, in the order of `loss_weights`.
@@ -63,6 +63,11 @@ class PretrainingObjective(nn.Module):
         """Backend of the losses: the model's, where that has more than attention."""
         backend = self.model.config.backend
         return None if attention_only(backend) else backend
+
+    def check_negatives(self, negatives: tuple[Tensor, Tensor] | None) -> None:
+        """Raises: ValueError for "itm" without "itc", whose similarities say which negatives are hard, and without `negatives`."""
+        if "itm" in self.losses and "itc" not in self.losses and negatives is None:
+            raise ValueError("negatives must be given for itm without itc, which draws them; received None.")
 
     def prepare(self, batch: Batch, generator: torch.Generator | None = None) -> Any:
         """What `forward` takes, made on the host from a batch of pairs (masking draws from `generator`)."""

@@ -64,6 +64,7 @@ def build_pretraining(
     size: str = "base",
     *,
     schedule: str = "packed",
+    losses: Sequence[str] | None = None,
     tokenizer: WordPieceTokenizer | None = None,
     visual_tokenizer: VisualTokenizer | None = None,
     **changes: Any,
@@ -72,23 +73,23 @@ def build_pretraining(
 
     Args:
         model: "blip", "coca", "beit3", "albef" or "vlmo". size: "tiny", "base" or "large" (ALBEF has no large). schedule: how passes are
-            grouped, "packed" or "published".
+            grouped, "packed" or "published". losses: names of those to make; None: all. What is left out costs no forward pass.
         tokenizer: gives special ids and vocabulary; default: those of the published models.
         visual_tokenizer: BEiT-3 only: gives the ids of patches; default: a `PatchCodebook` of random patches, which costs what a
             trained one costs and teaches nothing: for profiles and throughput.
         changes: fields of the model's config, such as ``image_size=384`` or ``backend="torch"``.
 
-    Raises: ValueError for an unknown model, size, schedule or field.
+    Raises: ValueError for an unknown model, size, schedule, loss or field.
     """
     config = preset(model, size, tokenizer, **changes)
     if model == "blip":
-        return BlipPretraining(config, schedule)
+        return BlipPretraining(config, schedule, losses)
     if model == "coca":
-        return CocaPretraining(config, schedule)
+        return CocaPretraining(config, schedule, losses)
     if model == "albef":
-        return AlbefPretraining(config, schedule)
+        return AlbefPretraining(config, schedule, losses)
     if model == "vlmo":
-        return _vlmo(config, schedule, tokenizer)
+        return _vlmo(config, schedule, losses, tokenizer)
     codebook = visual_tokenizer
     if codebook is None:
         with torch.device("cpu"):
@@ -100,18 +101,25 @@ def build_pretraining(
         mask_id, special = tokenizer.mask_id, (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id)
     else:
         mask_id, special = min(_MASK_ID, config.vocab_size - 1), _SPECIAL_IDS
-    return Beit3Pretraining(config, codebook, mask_id=mask_id, special_ids=special, schedule=schedule)
+    return Beit3Pretraining(config, codebook, mask_id=mask_id, special_ids=special, schedule=schedule, losses=losses)
 
 
-def _vlmo(config: VlmoConfig, schedule: str, tokenizer: WordPieceTokenizer | None) -> VlmoPretraining:
+def _vlmo(
+    config: VlmoConfig, schedule: str, losses: Sequence[str] | None, tokenizer: WordPieceTokenizer | None
+) -> VlmoPretraining:
     if tokenizer is None:
         last = config.vocab_size - 1
         special = [min(i, last) for i in _BERT_SPECIAL_IDS]
-        return VlmoPretraining(config, mask_id=min(_BERT_MASK_ID, last), special_ids=special, schedule=schedule)
+        return VlmoPretraining(config, mask_id=min(_BERT_MASK_ID, last), special_ids=special, schedule=schedule, losses=losses)
     special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id]
     continuations = [i for i, word in enumerate(tokenizer.vocab) if word.startswith("##")]
     return VlmoPretraining(
-        config, mask_id=tokenizer.mask_id, special_ids=special, continuation_ids=continuations, schedule=schedule
+        config,
+        mask_id=tokenizer.mask_id,
+        special_ids=special,
+        continuation_ids=continuations,
+        schedule=schedule,
+        losses=losses,
     )
 
 

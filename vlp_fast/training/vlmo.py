@@ -53,6 +53,8 @@ class VlmoPretraining(PretrainingObjective):
         config: of the model. mask_id, special_ids: of the tokenizer; special ids, [CLS], [SEP] and [PAD], are never hidden.
         continuation_ids: ids of word pieces that continue a word ("##..."): a word is hidden whole. schedule: "packed": what is contrasted
             and what is masked are one forward, and what is matched, whose negatives the contrast chooses, another; or "published", six.
+        losses: some of "mlm", "itm", "itc", "itc_vl"; None: all. What serves only losses left out does not run (for "itc" and "itc_vl",
+            their kind of top layers) and gets no gradient, or zeros where it shares a parameter with another expert.
 
     Example: ``losses = step(step.prepare(batch)); step.total(losses).backward()``
     """
@@ -67,8 +69,9 @@ class VlmoPretraining(PretrainingObjective):
         special_ids: Sequence[int],
         continuation_ids: Sequence[int] = (),
         schedule: str = "packed",
+        losses: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, losses)
         self.model = Vlmo(config)
         self.mask_id, self.special_ids, self.continuation_ids = mask_id, tuple(special_ids), tuple(continuation_ids)
 
@@ -98,45 +101,62 @@ class VlmoPretraining(PretrainingObjective):
                 ``[captions]`` each; default: drawn by similarity. They are read on the host, the one place where a step waits for the
                 device: captions differ in length.
 
-        Returns: scalars "mlm", "itc", "itc_vl", "itm".
+        Returns: scalars "mlm", "itm", "itc", "itc_vl", or those of them that `losses` names.
+        Raises: ValueError for "itm" without "itc", whose similarities say which negatives are hard, and without `negatives`.
         """
+        self.check_negatives(negatives)
         model, images, ids, captions = self.model, inputs.pairs.images, inputs.pairs.token_ids, inputs.pairs.segments()
         image_of, backend = inputs.pairs.image_of(), self.backend
-        if self.packed:
-            with loss_scope("itc"):
-                image, caption, text = model.contrast_and_mask(images, ids, captions, inputs.masked_ids, image_of)
-        else:
-            with loss_scope("mlm"):
-                text = model.encode_pairs(inputs.pairs.of_captions(images), inputs.masked_ids, captions).text
-            with loss_scope("itc"):
-                image, caption = model.contrast_image(images), model.contrast_text(ids, captions)
-        with loss_scope("mlm"):
-            weight, bias, rows = model.word_head.weight, model.word_head.bias, inputs.masked_rows
-            mlm = linear_cross_entropy(model.word_hidden(text[rows]), weight, ids[rows], bias, backend=backend)
-        with loss_scope("itc"):
-            scale, vl_scale = model.log_scale.exp(), model.log_vl_scale.exp()
-            features = inputs.pairs.of_captions(image.features)
-            itc = losses.contrastive_loss(features, caption.features, scale, backend=backend)
-        with loss_scope("itc_vl"):
-            vl_features = inputs.pairs.of_captions(image.vl_features)
-            itc_vl = losses.contrastive_loss(vl_features, caption.vl_features, vl_scale, backend=backend)
-
-        with loss_scope("itm"):
-            if negatives is None:
-                negatives = (
-                    losses.hard_negatives(caption.features, features, scale, floor=0.0, backend=backend),
-                    losses.hard_negatives(features, caption.features, scale, floor=0.0, backend=backend),
+        mlm, itm, itc, itc_vl = (name in self.losses for name in self.loss_weights)
+        vl = [joint for joint, needed in ((False, itc), (True, itc_vl)) if needed]
+        made: dict[str, Tensor] = {}
+        if self.packed and (vl or mlm):
+            with loss_scope("itc" if itc else "itc_vl" if itc_vl else "mlm"):
+                image, caption, text = model.contrast_and_mask(
+                    images, ids, captions, inputs.masked_ids if mlm else None, image_of, vl
                 )
-            # the step's one host sync: captions differ in length, so which are negatives decides how many rows follow
-            other_image, other_caption = torch.stack(negatives).tolist()
-            rows, other_captions = captions.take(other_caption)
-            wrong_image = [image_of[i] for i in other_image]
-            kinds = [(ids, captions, image_of), (ids, captions, wrong_image), (ids[rows], other_captions, image_of)]
-            if self.packed:
-                segments = Segments([n for kind in kinds for n in kind[1].lengths], ids.device)
-                index = [i for kind in kinds for i in kind[2]]
-                pooled = model.pool_pairs(images, torch.cat([kind[0] for kind in kinds]), segments, index)
-            else:
-                pooled = torch.cat([model.encode_pairs(images[i], words, segments).pooled for words, segments, i in kinds])
-            itm = losses.matching_loss(model.matching_logits(pooled), num_positive=len(captions))
-        return {"mlm": mlm, "itc": itc, "itc_vl": itc_vl, "itm": itm}
+        elif not self.packed:
+            if mlm:
+                with loss_scope("mlm"):
+                    text = model.encode_pairs(inputs.pairs.of_captions(images), inputs.masked_ids, captions).text
+            if vl:
+                with loss_scope("itc" if itc else "itc_vl"):
+                    image, caption = model.contrast_image(images, vl), model.contrast_text(ids, captions, vl)
+        if mlm:
+            with loss_scope("mlm"):
+                weight, bias, rows = model.word_head.weight, model.word_head.bias, inputs.masked_rows
+                made["mlm"] = linear_cross_entropy(model.word_hidden(text[rows]), weight, ids[rows], bias, backend=backend)
+        if itc:
+            with loss_scope("itc"):
+                features = inputs.pairs.of_captions(image.features)
+                made["itc"] = losses.contrastive_loss(features, caption.features, model.log_scale.exp(), backend=backend)
+        if itc_vl:
+            with loss_scope("itc_vl"):
+                vl_features, scale = inputs.pairs.of_captions(image.vl_features), model.log_vl_scale.exp()
+                made["itc_vl"] = losses.contrastive_loss(vl_features, caption.vl_features, scale, backend=backend)
+        if itm:
+            with loss_scope("itm"):
+                if negatives is None:
+                    scale = model.log_scale.exp()
+                    negatives = (
+                        losses.hard_negatives(caption.features, features, scale, floor=0.0, backend=backend),
+                        losses.hard_negatives(features, caption.features, scale, floor=0.0, backend=backend),
+                    )
+                made["itm"] = self._match(inputs.pairs, negatives)
+        return made
+
+    def _match(self, pairs: Batch, negatives: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of telling pairs from those with another image and from those with another caption."""
+        model, images, ids, captions, image_of = self.model, pairs.images, pairs.token_ids, pairs.segments(), pairs.image_of()
+        # the step's one host sync: captions differ in length, so which are negatives decides how many rows follow
+        other_image, other_caption = torch.stack(negatives).tolist()
+        rows, other_captions = captions.take(other_caption)
+        wrong_image = [image_of[i] for i in other_image]
+        kinds = [(ids, captions, image_of), (ids, captions, wrong_image), (ids[rows], other_captions, image_of)]
+        if self.packed:
+            segments = Segments([n for kind in kinds for n in kind[1].lengths], ids.device)
+            index = [i for kind in kinds for i in kind[2]]
+            pooled = model.pool_pairs(images, torch.cat([kind[0] for kind in kinds]), segments, index)
+        else:
+            pooled = torch.cat([model.encode_pairs(images[i], words, segments).pooled for words, segments, i in kinds])
+        return losses.matching_loss(model.matching_logits(pooled), num_positive=len(captions))
