@@ -12,10 +12,8 @@ runner = CliRunner()
 
 def test_profile_prints_a_row_per_loss_and_module_and_writes_json_and_html(tmp_path):
     json_file, html_file = tmp_path / "p.json", tmp_path / "p.html"
-    result = runner.invoke(
-        app,
-        ["profile", "blip", "--size", "tiny", "--backward", "--batch", "4", "--json", str(json_file), "--html", str(html_file)],
-    )
+    command = ["profile", "blip", "--size", "tiny", "--schedule", "published", "--backward", "--batch", "4"]
+    result = runner.invoke(app, [*command, "--json", str(json_file), "--html", str(html_file)])
     assert result.exit_code == 0, result.output
     for word in ("image_encoder", "momentum_text_encoder", "text_decoder", "itm", "total"):
         assert word in result.output
@@ -34,7 +32,7 @@ def test_models_and_schedules_stand_side_by_side(tmp_path):
     json_file, html_file = tmp_path / "p.json", tmp_path / "p.html"
     command = ["profile", "blip", "coca", "albef", "--size", "tiny", "--batch", "3"]
     files = ["--json", str(json_file), "--html", str(html_file)]
-    result = runner.invoke(app, [*command, "--schedule", "published", "--schedule", "packed", *files])
+    result = runner.invoke(app, [*command, *files])
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.output.splitlines()]
     assert [line[:4] for line in lines[3:9]] == [
@@ -52,9 +50,18 @@ def test_models_and_schedules_stand_side_by_side(tmp_path):
     assert html_file.read_text().count("<svg") == 4 * 6
 
 
+@pytest.mark.parametrize("schedule", ["published", "packed"])
+def test_a_schedule_that_is_named_is_the_only_one(schedule, tmp_path):
+    json_file = tmp_path / "p.json"
+    command = ["profile", "blip", "--size", "tiny", "--schedule", schedule, "--json", str(json_file)]
+    assert runner.invoke(app, command).exit_code == 0
+    assert json.loads(json_file.read_text())["schedule"] == schedule
+
+
 def test_trace_is_of_the_cpu_and_holds_every_call(tmp_path):
     trace_file = tmp_path / "trace.json"
-    result = runner.invoke(app, ["profile", "coca", "--size", "tiny", "--batch", "2", "--backward", "--trace", str(trace_file)])
+    command = ["profile", "coca", "--size", "tiny", "--schedule", "packed", "--batch", "2", "--backward"]
+    result = runner.invoke(app, [*command, "--trace", str(trace_file)])
     assert result.exit_code == 0, result.output
     assert "device cpu" in result.output
     events = [event for event in json.loads(trace_file.read_text())["traceEvents"] if event["ph"] == "X"]

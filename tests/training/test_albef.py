@@ -206,7 +206,7 @@ def test_distilled_cross_entropy_says_what_is_wrong(teacher, targets, alpha, mes
 
 def test_profile_counts_the_passes_of_the_published_step():
     batch = 6
-    profile = profile_model("albef", "tiny", batch=batch, backward=True)
+    profile = profile_model("albef", "tiny", schedule="published", batch=batch, backward=True)
     tokens = sum(caption_lengths(batch))
     counted = {(row.loss, row.module): (row.passes, row.sequences, row.grad) for row in profile.rows if row.passes}
     # captions alone: contrast and masked, each with its momentum twin; fused: matching positive and negative (2 B rows), masked

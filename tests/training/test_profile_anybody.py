@@ -305,7 +305,7 @@ def test_wrong_use_ends_in_a_sentence():
 
 
 def test_trace_has_an_event_per_forward_and_backward_of_a_call():
-    report = profile_model("blip", "tiny", batch=3, device="cpu", backward=True)
+    report = profile_model("blip", "tiny", schedule="published", batch=3, device="cpu", backward=True)
     trace = json.loads(json.dumps(chrome_trace([report])))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert sum(event["cat"] == "forward" for event in events) == report.totals["passes"] == 7

@@ -40,7 +40,7 @@ def profile(
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "base",
     schedule: Annotated[
         list[str] | None,
-        typer.Option(help=f"How passes are grouped: {', '.join(SCHEDULES)}; may be given twice. Default: published."),
+        typer.Option(help=f"How passes are grouped: {', '.join(SCHEDULES)}; may be given twice. Default: both."),
     ] = None,
     peer: Annotated[
         list[str] | None,
@@ -72,7 +72,7 @@ def profile(
         profiles = [
             profile_model(model, size, schedule=name, image_size=image_size, batch=batch, device=chosen, backward=backward)
             for model in models or ()
-            for name in dict.fromkeys(schedule or ["published"])
+            for name in dict.fromkeys(schedule or ["published", "packed"])
         ]
         profiles += [
             profile_peer(name, size, image_size=image_size, batch=batch, device=chosen, backward=backward)

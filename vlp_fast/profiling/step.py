@@ -217,7 +217,7 @@ def profile_model(
     model: str,
     size: str = "base",
     *,
-    schedule: str = "published",
+    schedule: str = "packed",
     image_size: int | None = None,
     batch: int = 8,
     device: str = "meta",
