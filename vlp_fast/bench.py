@@ -40,8 +40,8 @@ class Settings:
     Attributes:
         models, sizes: names, as `vlp_fast.training.preset` takes them. backends: of attention; empty: the device's default.
         data: as `vlp_fast.data.open_pairs` takes it. batch: pairs. dtype: "fp32", or "bf16" / "fp16": `torch.autocast` over fp32
-        weights. steps, seconds, warmup: as in `measure`, for each task. image_size: default: the preset's. device: "cpu" or
-        "cuda". seed: of weights, batches and masks.
+        weights. losses: of the pretraining steps; empty: all. steps, seconds, warmup: as in `measure`, for each task. image_size:
+        default: the preset's. device: "cpu" or "cuda". seed: of weights, batches and masks.
 
     Raises:
         ValueError: an unknown name or a number out of range. RuntimeError: the device, the dtype on it, or every backend asked
@@ -54,6 +54,7 @@ class Settings:
     data: str = "easy-vqa"
     batch: int = 8
     dtype: str = "fp32"
+    losses: tuple[str, ...] = ()
     steps: int = 10
     seconds: float | None = None
     warmup: int = 2
@@ -198,6 +199,7 @@ class Benchmark:
         about = stamp(
             s.device,
             dtype=s.dtype,
+            losses=list(s.losses) or None,
             batch=s.batch,
             seed=s.seed,
             data=s.data,
@@ -302,7 +304,9 @@ class Benchmark:
         for backend in s.runnable:
             torch.manual_seed(s.seed)
             with torch.device("meta" if built else s.device):
-                objective = build_pretraining(model, size, tokenizer=self.tokenizer, backend=backend, **changes)
+                objective = build_pretraining(
+                    model, size, losses=s.losses or None, tokenizer=self.tokenizer, backend=backend, **changes
+                )
             if built:
                 first = built[s.runnable[0]]
                 objective.load_state_dict(first.state_dict(keep_vars=True), assign=True)

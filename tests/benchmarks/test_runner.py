@@ -132,6 +132,7 @@ def test_flops_of_fused_attention_layers_are_counted():
     [
         (["--suite", "steps", "--steps", "3"], "--steps is not for --suite"),
         (["--suite", "steps", "--data", "photos"], "--data is not for --suite"),
+        (["--suite", "steps", "--losses", "itc"], "--losses is not for --suite"),
         (["--suite", "steps", "--size", "tiny", "--size", "base"], "a suite runs at one --size; received tiny, base"),
         (["--suite", "nope"], "suite must be one of"),
         (["--suite", "steps", "--png", "x.png"], "--png is for the suite scaling alone; received steps"),

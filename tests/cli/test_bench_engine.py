@@ -1,5 +1,6 @@
 """The measuring behind ``vlp-fast bench``: statistics, turns, memory, shared weights."""
 
+import itertools
 import json
 import time
 
@@ -101,6 +102,16 @@ def test_a_size_that_a_model_does_not_have_is_said_in_its_rows():
     rows = list(benchmark.run())
     assert len(rows) == benchmark.num_rows == len(TASKS)
     assert {row.note for row in rows} == {"unavailable: size must be one of tiny, base; received 'large'."}
+
+
+def test_a_step_of_some_losses_is_measured_where_the_model_has_them():
+    benchmark = Benchmark(Settings(models=("blip", "coca"), losses=("itc",), **TINY))
+    blip, coca = (list(rows) for _, rows in itertools.groupby(benchmark.run(), lambda row: row.model))
+    assert all(row.measured for row in blip)
+    assert {row.note for row in coca} == {"unavailable: losses must name some of contrastive, caption; received ['itc']."}
+    assert benchmark.report()["stamp"]["losses"] == ["itc"]
+    (step,) = benchmark._objectives("blip", "tiny", benchmark._feed(64, "clip")).values()
+    assert step.losses == ("itc",)
 
 
 def test_backends_share_weights_and_leave_no_gradients(monkeypatch):

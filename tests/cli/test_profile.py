@@ -58,6 +58,15 @@ def test_a_schedule_that_is_named_is_the_only_one(schedule, tmp_path):
     assert json.loads(json_file.read_text())["schedule"] == schedule
 
 
+def test_losses_that_are_left_out_have_no_row(tmp_path):
+    json_file = tmp_path / "p.json"
+    command = ["profile", "blip", "--size", "tiny", "--schedule", "packed", "--losses", "itm,itc", "--json", str(json_file)]
+    assert runner.invoke(app, command).exit_code == 0
+    profile = json.loads(json_file.read_text())
+    assert {row["loss"] for row in profile["rows"]} == {"itc", "itm"}
+    assert profile["totals"]["text_passes"] == 3  # contrast, its momentum twin, matching
+
+
 def test_trace_is_of_the_cpu_and_holds_every_call(tmp_path):
     trace_file = tmp_path / "trace.json"
     command = ["profile", "coca", "--size", "tiny", "--schedule", "packed", "--batch", "2", "--backward"]
@@ -75,6 +84,9 @@ def test_trace_is_of_the_cpu_and_holds_every_call(tmp_path):
         (["blip", "--size", "huge"], "size must be one of"),
         (["blip", "--batch", "0"], "batch must be at least 1"),
         (["blip", "--schedule", "fast"], "schedule must be one of packed, published"),
+        (["blip", "--losses", "itc,mlm"], "losses must name some of itc, itm, lm; received ['itc', 'mlm']"),
+        (["blip", "--losses", ""], "losses must name some of itc, itm, lm; received ['']"),
+        (["blip", "--losses", "itc", "--peer", "hf-blip"], "losses must not be given with a peer, which makes all of its own"),
         ([], "name a model (blip, coca"),
         (["--peer", "hf-clip"], "peer must be one of hf-blip, open-clip-coca"),
         (["--peer", "hf-blip", "--device", "meta"], "device must be cpu or cuda for a peer"),

@@ -79,6 +79,22 @@ def test_every_model_and_schedule_profiles_on_meta(model, schedule):
     assert set(profile.totals["losses"]) == {loss for row in profile.rows for loss in row.serves} - {"step", "all"}
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize(
+    ("model", "loss"), [("blip", "lm"), ("blip", "itm"), ("albef", "itm"), ("vlmo", "itm"), ("beit3", "mlm")]
+)
+def test_a_profile_of_one_loss_has_rows_of_that_loss(model, loss, device, schedule):
+    """Also of matching, whose negatives the contrast would have drawn; other rows have no passes."""
+    profile = profile_model(model, "tiny", batch=3, schedule=schedule, losses=[loss], device=device, backward=True)
+    assert set(profile.totals["losses"]) == {loss}
+    assert {row.loss for row in profile.rows if row.passes} == {loss}
+
+
+def test_one_pair_is_enough_where_nothing_is_matched():
+    assert profile_model("blip", "tiny", batch=1, losses=["lm"]).totals["text_passes"] == 1
+
+
 def test_blip_base_flops_are_those_of_the_architecture():
     """ViT-B/16 at 224 pixels: 35.1 GFLOPs an image; one caption token through the text tower: 12 layers of 12 d^2 multiply-adds."""
     profile = profile_model("blip", "base", schedule="published", batch=8)
@@ -162,6 +178,7 @@ def test_loss_shares_are_consistent():
         ({"model": "flamingo"}, "model must be one of blip, coca, beit3"),
         ({"size": "giant"}, "size must be one of tiny, base, large"),
         ({"schedule": "fast"}, "schedule must be one of packed, published"),
+        ({"losses": ["mlm"]}, r"losses must name some of itc, itm, lm; received \['mlm'\]"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"batch": 1}, "hard negatives need at least 2 pairs"),
         ({"device": "tpu"}, "device must be meta, cpu or cuda|Expected one of"),

@@ -54,6 +54,9 @@ def bench(
     backend: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(BACKENDS)}; repeatable.  [default: the device's, see info]")
     ] = None,
+    losses: Annotated[
+        str | None, typer.Option(help="Losses of the pretraining steps, such as itc,itm.  [default: all]")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Calls to measure of each task.")] = 10,
     seconds: Annotated[float, typer.Option(help="Stop measuring a task after this long, but not before 3 calls.")] = 30.0,
     image_size: Annotated[int | None, typer.Option(help="Side of the images.  [default: 224, ALBEF 256; tiny: 64]")] = None,
@@ -70,7 +73,7 @@ def bench(
 
     \b
     JSON (schema 1):
-      stamp    versions, commit, date, device, threads, dtype, batch, seed, data
+      stamp    versions, commit, date, device, threads, dtype, losses, batch, seed, data
       rows     [{model, size, backend, task, images_per_second, tokens_per_second, ms_median, ms_q1,
                ms_q3, ms_min, ms_max, steps, peak_mb, batch, dtype, image_size, note}]
       skipped  [{reason, count, names}] of pairs that could not be read
@@ -98,6 +101,7 @@ def bench(
             data=data,
             batch=batch,
             dtype=dtype,
+            losses=() if losses is None else tuple(losses.split(",")),
             steps=steps,
             seconds=seconds,
             image_size=image_size,
@@ -159,7 +163,7 @@ def _bench_suites(
     png_file: Path | None,
 ) -> None:
     try:
-        unfit = _given(context, "data", "backend", "steps", "image_size")
+        unfit = _given(context, "data", "backend", "losses", "steps", "image_size")
         if unfit:
             raise ValueError(f"--{unfit[0].replace('_', '-')} is not for --suite, whose cases have their own.")
         if size is not None and len(size) > 1:
@@ -219,8 +223,9 @@ def run_with_progress(benchmark: Benchmark, until: float | None = None) -> bool:
 def print_benchmark(report: dict[str, Any], rows: list[Throughput], console: Console) -> None:
     """The measured rows as a table, then what could not be measured and why."""
     stamp = report["stamp"]
+    losses = f"losses {' '.join(stamp['losses'])}, " if stamp["losses"] else ""
     console.print(
-        f"{stamp['device_name']}, {stamp['threads']} threads, torch {stamp['torch']}, {stamp['dtype']}, batch {stamp['batch']},"
+        f"{stamp['device_name']}, {stamp['threads']} threads, torch {stamp['torch']}, {stamp['dtype']}, {losses}batch {stamp['batch']},"
         f" {stamp['pairs']} pairs of {stamp['data']}, {stamp['tokens_per_caption']} tokens a caption; medians and quartiles of n calls"
     )
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)

@@ -42,6 +42,10 @@ def profile(
         list[str] | None,
         typer.Option(help=f"How passes are grouped: {', '.join(SCHEDULES)}; may be given twice. Default: both."),
     ] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(help="Losses of the models' steps, such as itc,itm; default: all. The others' passes do not run."),
+    ] = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(help=f"A published implementation beside them, where it is installed: {', '.join(PEERS)}."),
@@ -69,8 +73,19 @@ def profile(
     try:
         if not models and not peer:
             raise ValueError(f"name a model ({', '.join(MODELS)}) or a peer (--peer {', '.join(PEERS)}); received neither.")
+        if losses is not None and peer:
+            raise ValueError(f"losses must not be given with a peer, which makes all of its own; received --losses {losses}.")
         profiles = [
-            profile_model(model, size, schedule=name, image_size=image_size, batch=batch, device=chosen, backward=backward)
+            profile_model(
+                model,
+                size,
+                schedule=name,
+                losses=None if losses is None else losses.split(","),
+                image_size=image_size,
+                batch=batch,
+                device=chosen,
+                backward=backward,
+            )
             for model in models or ()
             for name in dict.fromkeys(schedule or ["published", "packed"])
         ]

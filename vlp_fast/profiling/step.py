@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -218,6 +217,7 @@ def profile_model(
     size: str = "base",
     *,
     schedule: str = "packed",
+    losses: Sequence[str] | None = None,
     image_size: int | None = None,
     batch: int = 8,
     device: str = "meta",
@@ -228,10 +228,11 @@ def profile_model(
     """Builds a model with random weights, gives it a batch of random images and captions, and profiles one pretraining step.
 
     Captions have `vlp_fast.training.caption_lengths`. On "meta" nothing is computed or allocated: shapes and FLOPs only, and hard
-    negatives are the next pair of the batch. On a real device one step runs first to warm up.
+    negatives are the next pair of the batch, as they are for matching without the contrast that draws them. On a real device one step
+    runs first to warm up.
 
     Args:
-        model, size, schedule, changes: as in `vlp_fast.training.build_pretraining`. image_size: default: the preset's.
+        model, size, schedule, losses, changes: as in `vlp_fast.training.build_pretraining`. image_size: default: the preset's.
         batch: pairs. device: "meta", "cpu" or "cuda". backward: profile the backward too. seed: of weights and inputs.
 
     Raises: ValueError for unknown names or a batch below 1; RuntimeError for a device that is not there.
@@ -247,12 +248,12 @@ def profile_model(
         changes["image_size"] = image_size
     torch.manual_seed(seed)
     with torch.device(device):
-        objective = build_pretraining(model, size, schedule=schedule, **changes)
+        objective = build_pretraining(model, size, schedule=schedule, losses=losses, **changes)
     config = objective.model.config
     generator = torch.Generator().manual_seed(seed)
     inputs = objective.prepare(synthetic_batch(config, caption_lengths(batch), generator), generator).to(device)
     options: dict[str, Any] = {}
-    if kind == "meta" and "negatives" in inspect.signature(objective.forward).parameters:
+    if "itm" in objective.losses and (kind == "meta" or "itc" not in objective.losses):
         if batch < 2:
             raise ValueError(f"hard negatives need at least 2 pairs in the batch; received {batch}.")
         following = torch.arange(batch).roll(-1)
