@@ -224,6 +224,13 @@ def test_step_weighs_both_losses_alike_and_trains_every_parameter(images, captio
     assert set(step.towers()) == {"image_encoder", "text_encoder", "text_decoder"}
 
 
+def test_step_without_captioning_leaves_the_decoder_alone(images, captions):
+    config, (ids, _) = coca_palm_preset("tiny", vocab_size=100), captions
+    step = CocaPalmPretraining(config, losses=["contrastive"]).double()
+    step.model.text_decoder.register_forward_pre_hook(lambda module, args: pytest.fail("the decoder runs"))
+    assert set(step(Batch(images, ids, tuple(LENGTHS), ("",) * 3))) == {"contrastive"}
+
+
 def test_state_dict_round_trip_and_one_weight_for_the_words(model):
     again = CocaPalm(model.config)
     again.load_state_dict(model.state_dict(), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -21,12 +22,18 @@ class CocaPalmPretraining(CocaPretraining):
     the targets of one process.
 
     Args:
-        config: of the model. image_encoder: as in `CocaPalm`. schedule: "published".
+        config: of the model. image_encoder: as in `CocaPalm`. schedule: "published". losses: as in `CocaPretraining`.
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"contrastive": 1.0, "caption": 1.0}
 
-    def __init__(self, config: CocaPalmConfig, image_encoder: nn.Module | None = None, schedule: str = "published") -> None:
+    def __init__(
+        self,
+        config: CocaPalmConfig,
+        image_encoder: nn.Module | None = None,
+        schedule: str = "published",
+        losses: Sequence[str] | None = None,
+    ) -> None:
         # not that of CocaPretraining, which builds a model of its own
-        PretrainingObjective.__init__(self, schedule)
+        PretrainingObjective.__init__(self, schedule, losses)
         self.model, self.ignored_word = CocaPalm(config, image_encoder), -100
