@@ -60,7 +60,14 @@ def device_offsets(offsets: list[int], device: torch.device) -> Tensor:
     """int32 ``[num_experts + 1]`` on the device, without waiting for it. Kept, as every layer of a step asks for the same."""
     # of the stream, so that whoever finds it there comes after the copy
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _device_offsets(tuple(offsets), device, stream)
+    found = _device_offsets(tuple(offsets), device, stream)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[found.data_ptr()] = found
+    return found
+
+
+# a CUDA graph has the address of what it reads, and may live longer than an entry of the cache
+_CAPTURED: dict[int, Tensor] = {}
 
 
 @lru_cache(maxsize=256)

@@ -139,6 +139,17 @@ def test_multiway_norm_config_says_how_wide_a_row_may_be():
         multiway_norm_config(8193)
 
 
+@pytest.mark.gpu
+def test_multiway_offsets_that_a_cuda_graph_reads_outlive_the_cache():
+    stream, device = torch.cuda.Stream(), torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.stream(stream):
+        first = _multiway_common.device_offsets([0, 5, 11], device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        assert _multiway_common.device_offsets([0, 5, 11], device) is first
+    _multiway_common._device_offsets.cache_clear()
+    assert _multiway_common._CAPTURED[first.data_ptr()] is first
+
+
 def test_multiway_offsets_are_copied_to_the_device_once():
     first = _multiway_common.device_offsets([0, 3, 7], torch.device(DEVICE))
     assert _multiway_common.device_offsets([0, 3, 7], torch.device(DEVICE)) is first
