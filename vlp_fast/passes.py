@@ -218,7 +218,7 @@ def pack_passes(
     if images is not None:
         assert image_segments is not None
         cross = (
-            images[torch.as_tensor(order, device=device)] if isinstance(images, Tensor) else np.asarray(images)[order],
+            images[_to_device(order, device)] if isinstance(images, Tensor) else np.asarray(images)[order],
             image_segments,
         )
     lengths = np.asarray(segments.lengths, np.int64)

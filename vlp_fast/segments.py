@@ -7,15 +7,34 @@ device, and every layer reuses them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Segments"]
+__all__ = ["KeptTensors", "Segments", "keep_host_tensors"]
 
 MAX_ROWS = 2**31 - 1  # offsets are int32; addresses in kernels are int64
+
+# (dtype, shape, numbers, device) of what was made on the host -> its tensor
+KeptTensors = dict[tuple[str, tuple[int, ...], bytes, str], Tensor]
+_KEPT: ContextVar[KeptTensors | None] = ContextVar("vlp_fast_kept_tensors", default=None)
+
+
+@contextlib.contextmanager
+def keep_host_tensors(kept: KeptTensors) -> Iterator[None]:
+    """Inside, what segments and plans copy from the host goes into `kept`, and is taken from there where the same numbers come again.
+
+    For a CUDA graph, which copies nothing from the host and has the addresses of what it reads: `kept` must live as long as it does.
+    """
+    token = _KEPT.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 class Segments:
@@ -108,6 +127,10 @@ class Segments:
         """int64 ``[rows]``: each row's position within its segment, counted from 0."""
         return _to_device(self._host_positions(), self.device)
 
+    def segment_of_rows(self) -> Tensor:
+        """int64 ``[rows]``: the segment that each row belongs to."""
+        return _to_device(np.repeat(np.arange(len(self)), np.asarray(self.lengths, np.int64)), self.device)
+
     def take(self, index: Sequence[int]) -> tuple[Tensor, Segments]:
         """The segments named by `index`, in that order and possibly repeated: (int64 rows to pick, their `Segments`).
 
@@ -150,6 +173,17 @@ _CPU = torch.device("cpu")
 
 
 def _to_device(array: np.ndarray, device: torch.device | str | None) -> Tensor:
+    """What is made of host numbers, on the device without waiting for it. Nobody writes to it: it may be kept."""
+    kept = _KEPT.get()
+    if kept is None:
+        return _copied(array, device)
+    key = (array.dtype.str, array.shape, array.tobytes(), str(device))
+    if key not in kept:
+        kept[key] = _copied(array, device)
+    return kept[key]
+
+
+def _copied(array: np.ndarray, device: torch.device | str | None) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device is None or device == _CPU:
         return tensor

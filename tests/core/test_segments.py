@@ -59,6 +59,11 @@ def test_segments_rows_before_last(segments, drop, rows):
     assert segments.rows_before_last(drop).tolist() == rows
 
 
+def test_segments_say_which_one_each_row_belongs_to(segments):
+    assert segments.segment_of_rows().tolist() == [0, 0, 0, 2, 2, 3, 3, 3, 3]
+    assert Segments([]).segment_of_rows().dtype == torch.int64
+
+
 def test_segments_take_picks_and_repeats_segments(segments):
     rows, taken = segments.take([3, 0, 1, 3])
     assert rows.tolist() == [5, 6, 7, 8, 0, 1, 2, 5, 6, 7, 8]

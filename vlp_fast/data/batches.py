@@ -16,7 +16,7 @@ from torch import Tensor
 from vlp_fast.data.images import ImageError, ImageTransform
 from vlp_fast.data.pairs import ImageTextPair, PairSource, SkipReport
 from vlp_fast.data.tokenizer import clean_caption
-from vlp_fast.segments import Segments
+from vlp_fast.segments import Segments, _int_array, _to_device
 
 __all__ = ["Batch", "BatchLoader", "collate"]
 
@@ -86,7 +86,7 @@ class Batch:
 
     def of_captions(self, x: Tensor) -> Tensor:
         """Rows of images, ``[images, ...]``, as often as captions describe them: ``[captions, ...]``."""
-        return x if self.image_index is None else x[torch.tensor(self.image_index, device=x.device)]
+        return x if self.image_index is None else x[_to_device(_int_array(self.image_index, "image_index"), x.device)]
 
     def segments(self) -> Segments:
         """The captions as segments of `token_ids`, on the same device."""

@@ -240,11 +240,7 @@ class Beit3Encoder(nn.Module):
         split = image.shape[0]
         x = torch.cat([image, text]) if split and text.shape[0] else image if split else text
         offsets = self._offsets(image_lengths, text_lengths, image_lengths, text_lengths)
-        samples = None
-        if self.training:
-            sample = torch.arange(len(image_lengths)).repeat(2)
-            lengths = torch.tensor([*image_lengths, *text_lengths])
-            samples = sample.repeat_interleave(lengths).to(x.device)
+        samples = plan.query.segment_of_rows() % max(len(image_lengths), 1) if self.training else None
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, plan, offsets, samples, len(image_lengths))

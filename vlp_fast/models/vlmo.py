@@ -36,7 +36,7 @@ from vlp_fast.modules import (
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
 from vlp_fast.ops import attention, linear
 from vlp_fast.passes import Parts, PassInfo, leading_rows
-from vlp_fast.segments import Segments
+from vlp_fast.segments import Segments, _int_array, _to_device
 
 __all__ = [
     "VLMO_PRESETS",
@@ -302,7 +302,7 @@ class VlmoEncoder(nn.Module):
         text, total = sum(text_lengths), len(rows)
         plan = AttentionPlan.joint(text_lengths, image_lengths, rows.device)
         alike = image_positions is None and len(set(zip(text_lengths, image_lengths, strict=True))) == 1
-        by_part = self._dropped(torch.arange(2 * len(text_lengths)), plan)  # each expert's branch is dropped on its own
+        by_part = self._dropped(plan)  # each expert's branch is dropped on its own
         samples = None if by_part is None else by_part % max(len(text_lengths), 1)
         positions = self._positions(plan, text, image_positions)
         pairs = self._pairs(plan, positions, alike=alike)
@@ -341,7 +341,7 @@ class VlmoEncoder(nn.Module):
         alone_text, alone_image = sum(text_lengths[:texts]), sum(image_lengths[num_pairs:])
         samples, text, total = texts + num_pairs + images, sum(text_lengths), len(rows)
         plan = AttentionPlan.joint([*text_lengths, *[0] * images], [*[0] * texts, *image_lengths], rows.device)
-        dropped = self._dropped(torch.arange(2 * samples), plan)
+        dropped = self._dropped(plan)
         positions = self._positions(plan, text, image_positions)
         by_sample = None if dropped is None else dropped % samples
         lower = VlmoStage(plan, positions, self._pairs(plan, positions), (0, text, total), by_sample, dropped, 2 * samples)
@@ -365,8 +365,9 @@ class VlmoEncoder(nn.Module):
         edges += [(front + query, front + key, bool(causal)) for query, key, causal in plan.host_edges.tolist()]
         segments = Segments([*lengths, *plan.query.lengths], rows.device)
         both = AttentionPlan.from_edges(segments, segments, edges)
-        again = torch.cat([torch.arange(front), front + torch.arange(back).repeat(2)])
-        groups = self._dropped(again, both)
+        groups = self._dropped(both)
+        if groups is not None:
+            groups = torch.where(groups < front, groups, front + (groups - front) % max(back, 1))
         if positions is not None:
             positions = top_rows(positions)
         offsets = (0, sum(text_lengths[:own_texts]), sum(lengths), segments.rows)
@@ -399,7 +400,7 @@ class VlmoEncoder(nn.Module):
         """Positions in the bias table: those of texts come first, so those of an image begin behind the longest text."""
         if self.relative_bias is None:
             return None
-        positions = plan.query.positions()
+        positions = plan.query.positions().clone()
         if image_positions is not None:
             positions[text:] = image_positions
         positions[text:] += self.max_positions
@@ -410,11 +411,9 @@ class VlmoEncoder(nn.Module):
     ) -> list[Tensor]:
         return [] if positions is None else pair_buckets(plan, positions, self.buckets, queries=queries, alike=alike)
 
-    def _dropped(self, groups: Tensor, plan: AttentionPlan) -> Tensor | None:
-        """For each row the group of its segment, int64; None while nothing is dropped."""
-        if not self.training:
-            return None
-        return groups.repeat_interleave(torch.tensor(plan.query.lengths)).to(plan.device)
+    def _dropped(self, plan: AttentionPlan) -> Tensor | None:
+        """The segment of each row, int64; None while nothing is dropped."""
+        return plan.query.segment_of_rows() if self.training else None
 
 
 # -------------------------------------------------------------------------------------------------------------------- model
@@ -611,7 +610,7 @@ class Vlmo(nn.Module):
     def _image_rows(self, tokens: Tensor, index: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         """Rows of samples with the image ``index[i]``, or an image each, drawn anew for every sample; their tokens, None: all."""
         images = tokens.unflatten(0, (-1, self.num_image_tokens))
-        chosen = None if index is None else torch.tensor(index, device=tokens.device)
+        chosen = None if index is None else _to_device(_int_array(index, "index"), tokens.device)
         kept = self.patch_drop.draw(len(images) if index is None else len(index), tokens.device)
         if kept is None:
             return tokens if chosen is None else images[chosen].flatten(0, 1), None

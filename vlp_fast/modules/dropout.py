@@ -21,7 +21,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * STEPS)
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < dropped < STEPS:
             return super().forward(x)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
         kept = (bits >= dropped - STEPS // 2).to(x.dtype).mul_(STEPS / (STEPS - dropped))
         out = x * kept

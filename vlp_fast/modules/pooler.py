@@ -123,8 +123,7 @@ class AttentionalPooler(nn.Module):
         pooled = pooled if beta is None else pooled + beta
         values = torch.einsum("nhc,hec->nhe", pooled.to(weight_v.dtype), weight_v.unflatten(0, q.shape)).flatten(1) + bias_v
         if 0 in plan.key.lengths:  # nothing is read there, not even beta and the bias
-            present = torch.tensor([length > 0 for length in plan.key.lengths], device=values.device)
-            values = values.masked_fill(~present[:, None], 0.0)
+            values = values.masked_fill(plan.key.offsets.diff()[:, None] == 0, 0.0)
         return values
 
 
