@@ -1,17 +1,23 @@
-"""What a CUDA graph needs of a pretraining step: it reads nothing on the host and makes no tensor there."""
+"""A pretraining step as a CUDA graph: what the capture needs is tested without a GPU, the graph itself on one.
+
+The capture needs a step that reads nothing on the host and makes no tensor there. In place of a CUDA graph a list of the operations
+that ran stands here, which `Recording` runs again.
+"""
 
 import contextlib
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vlp_fast.data.batches import Batch
 from vlp_fast.segments import Segments, keep_host_tensors
-from vlp_fast.training import build_pretraining
+from vlp_fast.training import BlipPretraining, GraphedStep, build_pretraining, graph
 
 ROOT = Path(__file__).parents[2]
 # what asks for numbers, or for a size that depends on them; on a CUDA device the host waits for each
@@ -242,3 +248,181 @@ def test_keep_host_tensors_takes_what_has_the_same_numbers():
     assert other.offsets.tolist() == [0, 3, 5]
     assert Segments([2, 3]).offsets is not first.offsets
     assert sorted(t.tolist() for t in kept.values()) == [[0, 2, 5], [0, 3, 5]]
+
+
+# --------------------------------------------------------------------------------------------- GraphedStep without a CUDA device
+
+
+class Recording(TorchDispatchMode):
+    """What ran within it, run again by `replay` with the results where they were, as a CUDA graph does.
+
+    Leaving it undoes what it did to the tensors of `step`: while a CUDA graph is captured nothing is computed.
+    """
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.calls = step, []
+
+    def __enter__(self):
+        self.before = {name: t.clone() for name, t in state(self.step).items()}
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with torch.no_grad():
+            for name, tensor in state(self.step).items():
+                tensor.copy_(self.before[name])
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        # results of their own, not views of what was given
+        own = [isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given for t in tree_leaves(out)]
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+        self.calls.append((function, args, kwargs, tree_map_only(torch.Tensor, torch.Tensor.detach, tree_leaves(out)), own))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, outs, own in self.calls:
+            for out, new, fresh in zip(outs, tree_leaves(function(*args, **kwargs)), own, strict=True):
+                if fresh:
+                    out.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Makes `GraphedStep` of a step on the CPU, with a `Recording` for the CUDA graph."""
+
+    def make_graphed(step, inputs, **given):
+        recording = Recording(step)
+        stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+        monkeypatch.setattr(graph, "_check", lambda *_: torch.device("cpu"))
+        for name, stand_in in {
+            "device": contextlib.nullcontext,
+            "stream": contextlib.nullcontext,
+            "Stream": stream,
+            "current_stream": stream,
+            "CUDAGraph": lambda: recording,
+            "graph": lambda captured, stream: captured,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        return GraphedStep(step, inputs, **given)
+
+    return make_graphed
+
+
+def follow(graphed, step, twin, batches):
+    """The graph and a step without one go through the same batches, and through what optimizers and users do between them."""
+    assert_same({name: t for name, t in state(step).items() if not name.startswith("gradient")}, dict(state(twin)))
+    assert not any(p.grad.any() for p in step.parameters() if p.grad is not None)
+    between = (None, False, True, True)  # gradients add up; are set to zero; are taken away
+    for number, (inputs, zero) in enumerate(zip(batches, between, strict=True)):
+        for one in (step, twin):
+            if zero is not None:
+                one.zero_grad(set_to_none=zero)
+            if number == 3:  # a step without the graph between two with it
+                run(one, batches[0])
+            with torch.no_grad():
+                for p in one.model.parameters():
+                    p.mul_(1.01)
+        assert_same(graphed(inputs), run(twin, inputs), within=1e-4)
+        assert_same(state(step), state(twin), within=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphed_step_follows_the_step_without_a_graph(name, recorded):
+    step, twin = make(name), make(name)
+    batches = [make_inputs(step, seed) for seed in (1, 2, 3, 4)]
+    graphed = recorded(step, make_inputs(step, 5), **options(step))
+    assert not {function.overloadpacket.__name__ for function, *_ in graphed._graph.calls} & {*READS, MADE}
+    follow(graphed, step, twin, batches)
+
+
+def test_graphed_step_gives_each_call_losses_of_its_own(recorded):
+    step = make("coca")
+    graphed = recorded(step, make_inputs(step))
+    first = graphed(make_inputs(step, 2))
+    before = {name: loss.clone() for name, loss in first.items()}
+    second = graphed(make_inputs(step, 3))
+    assert_same(first, before, within=0.0)
+    assert first["caption"] != second["caption"]
+
+
+def test_graphed_step_leaves_parameters_without_gradient_alone(recorded):
+    torch.manual_seed(0)
+    config = make("blip").config
+    step = BlipPretraining(config, losses=["itc"])
+    twin = BlipPretraining(config, losses=["itc"])
+    twin.load_state_dict(step.state_dict())
+    inputs = make_inputs(step)
+    graphed = recorded(step, inputs)
+    graphed(inputs)
+    run(twin, inputs)
+    assert_same(state(step), state(twin), within=1e-4)
+    assert any(p.grad is None for p in step.model.parameters())
+
+
+def test_graphed_step_takes_inputs_of_captured_lengths_only(recorded):
+    step = make("coca")
+    inputs = make_inputs(step)
+    graphed = recorded(step, inputs)
+    with pytest.raises(
+        ValueError, match=r"inputs.text_lengths must be what was captured, .*: \(6, 9, 4, 12\); received \(9, 6, 4, 12\)"
+    ):
+        graphed(make_inputs(step, lengths=(9, 6, 4, 12)))
+    with pytest.raises(
+        ValueError, match=r"inputs.token_ids must be torch.int64 of shape \[31\], as captured; received torch.int64 of \[32\]"
+    ):
+        graphed(make_inputs(step, lengths=(6, 9, 4, 13)))
+    with pytest.raises(
+        ValueError, match=r"inputs.images must be torch.float32 of .*; received torch.float64 of \[4, 3, 32, 32\]"
+    ):
+        graphed(replace(inputs, images=inputs.images.double()))
+    with pytest.raises(ValueError, match=r"inputs.image_index must be what was captured, .*: None; received \(0, 1, 2, 3\)"):
+        graphed(replace(inputs, image_index=(0, 1, 2, 3)))
+    with pytest.raises(ValueError, match=r"inputs must be Batch, as captured; received Tensor"):
+        graphed(inputs.images)
+    graphed(replace(inputs, captions=("a", "b", "c", "d")))
+
+
+def test_graphed_step_errors(monkeypatch):
+    step = make("coca")
+    inputs = make_inputs(step)
+    with pytest.raises(ValueError, match="needs inputs and objective on one CUDA device; inputs.images is on cpu"):
+        GraphedStep(step, inputs)
+    with pytest.raises(ValueError, match="inputs must be what the objective's prepare gives; received Tensor"):
+        GraphedStep(step, inputs.images)
+    # what is said of a step on a CUDA device
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+    blip = make("blip")
+    with pytest.raises(ValueError, match="negatives must be given to a step that is captured, .*; received None"):
+        graph._check(blip, inputs, {})
+    with pytest.raises(ValueError, match="negatives must be on the CPU, .*; received cuda:0"):
+        graph._check(blip, inputs, {"negatives": NEGATIVES})
+    monkeypatch.setattr(graph, "world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="a captured step must run in one process, .*; received 2"):
+        graph._check(step, inputs, {})
+
+
+# ----------------------------------------------------------------------------------------------------------- on a CUDA device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["blip", "coca", "beit3"])
+def test_graphed_step_follows_the_step_without_a_graph_on_a_gpu(name):
+    step, twin = (make(name).cuda() for _ in range(2))
+    batches = [make_inputs(build, seed).to("cuda") for build in [make(name)] for seed in (1, 2, 3, 4)]
+    graphed = GraphedStep(step, batches[-1], **options(step))
+    follow(graphed, step, twin, batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphed_step_draws_new_numbers_in_every_call_on_a_gpu():
+    step = make("blip", dropout_p=0.5)
+    inputs = make_inputs(step).to("cuda")
+    graphed = GraphedStep(step.cuda(), inputs, **options(step))
+    first, second = (graphed(inputs)["lm"] for _ in range(2))
+    assert first != second

@@ -7,6 +7,7 @@ from vlp_fast.training.blip import BlipMomentum, BlipPretraining
 from vlp_fast.training.blip_tasks import captioning_loss, nlvr2_loss, vqa_loss
 from vlp_fast.training.coca import CocaPretraining
 from vlp_fast.training.coca_palm import CocaPalmPretraining
+from vlp_fast.training.graph import GraphedStep
 from vlp_fast.training.objective import SCHEDULES, PretrainingObjective
 from vlp_fast.training.registry import MODELS, SIZES, build_pretraining, caption_lengths, preset, synthetic_batch
 from vlp_fast.training.visual_tokenizer import train_visual_tokenizer, visual_tokenizer_losses
@@ -27,6 +28,7 @@ __all__ = [
     "BlipPretraining",
     "CocaPalmPretraining",
     "CocaPretraining",
+    "GraphedStep",
     "PretrainingObjective",
     "VlmoInputs",
     "VlmoPretraining",
