@@ -6,7 +6,8 @@ Rivals run from their own code: open_clip's CoCa with its CoCaLoss, torchscale's
 where a clone of github.com/salesforce/BLIP is given, its BLIP_Pretrain. Captions are those of `vlp_fast.training.caption_lengths`; rivals
 pad them as their code does (BLIP 30, CoCa 76, BEiT-3 64). First everything runs once in fp32 without dropout; where losses or the norm of
 all gradients differ from the rival's, or without one from the published schedule's, the provider is wrong. bf16 is autocast over fp32
-weights. On a CUDA device the rival and our published schedule are also there as torch.compile makes them.
+weights. On a CUDA device the rival and our published schedule are also there as torch.compile makes them, and our packed schedule as a
+CUDA graph, for whose BLIP negatives are given, not drawn.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from vlp_fast.models import beit3_preset, blip_preset, open_clip_coca_preset
 from vlp_fast.models.checkpoints import open_clip_coca
 from vlp_fast.models.checkpoints.beit3 import format_of
 from vlp_fast.profile_peers import torchvision_names
-from vlp_fast.training import Beit3Pretraining, BlipPretraining, CocaPretraining, caption_lengths, salesforce_blip
+from vlp_fast.training import Beit3Pretraining, BlipPretraining, CocaPretraining, GraphedStep, caption_lengths, salesforce_blip
 from vlp_fast.training.beit3 import Beit3Inputs, MaskedImages, MaskedTexts
 
 __all__ = ["RIVALS", "Steps", "cases"]
 
 OWN = ("packed", "published")
 TWO = "packed, 2 captions an image"
+GRAPH = "packed, CUDA graph"
 TITLES = {"blip": "BLIP: ITC, ITM, LM, momentum", "coca": "CoCa: contrastive, caption", "beit3": "BEiT-3: images, texts, pairs"}
 RIVALS = {"blip": "salesforce BLIP", "coca": "open_clip", "beit3": "torchscale"}
 PADDED = {"blip": 30, "coca": 76, "beit3": 64}
@@ -72,6 +74,12 @@ class Steps:
         given = {} if self.own.training or self.negatives is None else {"negatives": self.negatives()}
         return self.own(self.inputs[2 if captions else 1], **given)
 
+    def graphed(self, autocast: torch.dtype | None) -> GraphedStep:
+        """Our packed step as a CUDA graph, in the mode that our objective is in; its negatives are given."""
+        self.own.schedule = "packed"
+        given = {} if self.negatives is None else {"negatives": self.negatives()}
+        return GraphedStep(self.own, self.inputs[1], autocast=autocast, **given)
+
 
 def cases(options: Options) -> Iterator[Entry]:
     """A step of each model."""
@@ -82,7 +90,7 @@ def cases(options: Options) -> Iterator[Entry]:
 def _case(options: Options, model: str) -> Case:
     torch.manual_seed(options.seed)
     steps = {"blip": _blip, "coca": _coca, "beit3": _beit3}[model](options, SHAPES[options.size])
-    rival, calls = RIVALS[model], {}
+    rival, graph, calls = RIVALS[model], f"vlp_fast {GRAPH}", {}
     if steps.rival is not None:
         calls[rival] = _training(steps.rival, steps.rival_step, steps.weights, options)
     for name in (*OWN, TWO) if 2 in steps.inputs else OWN:
@@ -93,9 +101,12 @@ def _case(options: Options, model: str) -> Case:
             compiled[f"{rival}, torch.compile"] = (steps.rival, steps.rival_step)
         for name, (module, step) in compiled.items():
             calls[name] = _training(module, torch.compile(step), steps.weights, options)
+        calls[graph] = _graphed(steps, options)
 
     def wrong() -> dict[str, str]:
         found = _differences(steps)
+        if graph in calls:
+            found |= _wrong_graph(steps, calls[graph])
         for module in (steps.own, steps.rival):
             if module is not None:
                 module.train()
@@ -104,6 +115,8 @@ def _case(options: Options, model: str) -> Case:
         return {name if name == rival else f"vlp_fast {name}": reason for name, reason in found.items()}
 
     def release(provider: str) -> None:
+        if provider == graph:
+            raise NotHere("the allocator does not count what a CUDA graph keeps for its activations as memory of tensors")
         ours = provider.startswith("vlp_fast")
         if ours:
             steps.rival, steps.rival_step, steps.negatives = None, None, None
@@ -112,8 +125,11 @@ def _case(options: Options, model: str) -> Case:
         (steps.own if ours else steps.rival).train()
 
     absent = {rival: steps.absent} if steps.absent else {}
+    if options.device != "cuda":
+        absent[graph] = "needs a CUDA device"
+    note = f"{graph}: negatives are given, not drawn" if graph in calls and steps.negatives is not None else ""
     baseline = rival if steps.rival is not None else "vlp_fast published"
-    return Case(calls, wrong, absent, baseline, options.batch, "pairs", facts={"model": model}, release=release)
+    return Case(calls, wrong, absent, baseline, options.batch, "pairs", facts={"model": model}, note=note, release=release)
 
 
 def _training(
@@ -129,17 +145,44 @@ def _training(
     return call
 
 
-def _differences(steps: Steps) -> dict[str, str]:
-    """Schedule -> what of a step's losses and norm of gradients is not the rival's, or without one the published schedule's."""
+def _graphed(steps: Steps, options: Options) -> Callable[[], None]:
+    """Our packed step as a CUDA graph, which the first call captures."""
+    captured: list[GraphedStep] = []
+
+    def call() -> None:
+        steps.own.zero_grad(set_to_none=True)
+        if not captured:
+            captured.append(steps.graphed(None if options.dtype == "fp32" else DTYPES[options.dtype]))
+        captured[0](steps.inputs[1])
+
+    return call
+
+
+def _wrong_graph(steps: Steps, call: Callable[[], None]) -> dict[str, str]:
+    """`_differences` of the CUDA graph; then `call` captures the one to be timed. What cannot be captured is wrong, too."""
+    try:
+        found = _differences(steps, ("published", GRAPH))
+        steps.own.train()
+        call()
+    except RuntimeError as error:
+        return {GRAPH: f"it cannot be captured: {error}"}
+    return found
+
+
+def _differences(steps: Steps, names: tuple[str, ...] = OWN) -> dict[str, str]:
+    """Provider of ours -> what of its step's losses and norm of gradients is not the rival's, or without one the published schedule's."""
     found = {}
     start = {name: t.clone() for name, t in steps.own.named_buffers()}
     right = "published" if steps.rival is None else "rival"
-    for name in (*(() if steps.rival is None else ("rival",)), *OWN):
+    for name in (*(() if steps.rival is None else ("rival",)), *names):
         module = steps.rival if name == "rival" else steps.own
         module.eval()
         module.zero_grad(set_to_none=True)
-        losses = steps.rival_step() if name == "rival" else steps.own_step(name)
-        sum(steps.weights[key] * loss for key, loss in losses.items()).backward()
+        if name == GRAPH:
+            losses = steps.graphed(None)(steps.inputs[1])
+        else:
+            losses = steps.rival_step() if name == "rival" else steps.own_step(name)
+            sum(steps.weights[key] * loss for key, loss in losses.items()).backward()
         norm = torch.stack([p.grad.double().square().sum() for p in module.parameters() if p.grad is not None]).sum().sqrt()
         found[name] = {**{key: float(loss.detach()) for key, loss in losses.items()}, "norm of gradients": float(norm)}
         module.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from vlp_fast.cli import app
 
 OWN = ["vlp_fast packed", "vlp_fast published"]
+NO_GRAPH = {"vlp_fast packed, CUDA graph": "needs a CUDA device"}
 
 
 @pytest.fixture
@@ -48,7 +49,10 @@ def test_steps_equal_the_rivals_and_are_timed(run):
         rows[beit3, "torchscale"]["ms_median"] / rows[beit3, OWN[0]]["ms_median"]
     )
     assert not report["wrong"]
-    assert not report["absent"]
+    assert [(line["case"], {line["provider"]: line["reason"]}) for line in report["absent"]] == [
+        (coca, NO_GRAPH),
+        (beit3, NO_GRAPH),
+    ]
 
 
 def test_a_step_that_disagrees_is_not_timed(run, bench_steps, monkeypatch):
@@ -73,9 +77,9 @@ def test_without_the_rival_the_schedules_are_compared(run):
     assert code == 0, out
     assert [row["provider"] for row in report["rows"]] == [*OWN, "vlp_fast packed, 2 captions an image"]
     assert report["rows"][1]["speedup"] == 1.0
-    (line,) = report["absent"]
-    assert line["provider"] == "salesforce BLIP"
-    assert "--blip-source" in line["reason"]
+    absent = {line["provider"]: line["reason"] for line in report["absent"]}
+    assert "--blip-source" in absent.pop("salesforce BLIP")
+    assert absent == NO_GRAPH
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -90,7 +94,7 @@ def test_models_without_a_rival_that_cannot_be_imported(bench_steps, monkeypatch
     monkeypatch.setattr(bench_steps, "_Torchscale", missing)
     case = bench_steps._case(Options(size="tiny", batch=2), model)
     assert list(case.calls)[:2] == OWN
-    assert case.absent == {bench_steps.RIVALS[model]: "not installed"}
+    assert case.absent == {bench_steps.RIVALS[model]: "not installed", **NO_GRAPH}
     assert case.baseline == OWN[1]
     assert case.wrong() == {}
 
@@ -103,3 +107,60 @@ def test_memory_of_a_provider_in_a_process_of_its_own(run):
     assert first["memory_ratio"] == first["peak_mb"] / second["peak_mb"]
     assert first["rise_ratio"] == first["rise_mb"] / second["rise_mb"]
     assert all(0 < row["rise_mb"] < row["peak_mb"] - 100 for row in report["rows"]), report["rows"]
+
+
+@pytest.fixture
+def without_graph(bench_steps, monkeypatch):
+    """A step without a CUDA graph, its losses times `factor`, where suite "steps" captures one; returns what was asked to be captured."""
+    asked = []
+
+    class Step:
+        factor = 1.0
+
+        def __init__(self, objective, inputs, *, autocast, **options):
+            asked.append((objective.schedule, objective.training, autocast, list(options)))
+            self.objective, self.options = objective, options
+
+        def __call__(self, inputs):
+            losses = self.objective(inputs, **self.options)
+            self.objective.total(losses).backward()
+            return {name: self.factor * loss.detach() for name, loss in losses.items()}
+
+    monkeypatch.setattr(bench_steps, "GraphedStep", Step)
+    return Step, asked
+
+
+@pytest.mark.parametrize("model", ["blip", "coca", "beit3"])
+def test_a_cuda_graph_is_held_against_the_step_and_captured_before_it_is_timed(bench_steps, without_graph, model):
+    from vlp_fast.benchmarks.registry import Options
+
+    options = Options(size="tiny", batch=2, dtype="bf16")
+    steps = {"blip": bench_steps._blip, "coca": bench_steps._coca, "beit3": bench_steps._beit3}[model](
+        options, bench_steps.SHAPES["tiny"]
+    )
+    step, asked = without_graph
+    call = bench_steps._graphed(steps, options)
+    assert bench_steps._wrong_graph(steps, call) == {}
+    call()
+    negatives = ["negatives"] if model == "blip" else []
+    assert asked == [("packed", False, None, negatives), ("packed", True, torch.bfloat16, negatives)]
+    assert any(p.grad is not None for p in steps.own.parameters())
+
+    step.factor = 1.01
+    (reason,) = bench_steps._wrong_graph(steps, call).values()
+    assert " is " in reason
+    assert "where " in reason
+
+
+def test_a_cuda_graph_that_cannot_be_captured_is_wrong(bench_steps, monkeypatch):
+    from vlp_fast.benchmarks.registry import Options
+
+    def fail(*args, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(bench_steps, "GraphedStep", fail)
+    options = Options(size="tiny", batch=2)
+    steps = bench_steps._coca(options, bench_steps.SHAPES["tiny"])
+    assert bench_steps._wrong_graph(steps, bench_steps._graphed(steps, options)) == {
+        "packed, CUDA graph": "it cannot be captured: operation not permitted when stream is capturing"
+    }
