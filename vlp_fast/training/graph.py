@@ -30,8 +30,9 @@ class GraphedStep:
         inputs: an example of what ``objective.prepare`` gives, on the same device. Its tensors are copied. Whatever it holds besides
             tensors and texts (the lengths of captions, which image each describes, how many patches are masked) is the same for all inputs.
         autocast: the dtype of torch.autocast around the forward; None: no autocast.
-        options: of ``objective.forward``, the same in every step. BLIP, ALBEF and VLMo need `negatives`, on the CPU: captions differ in
-            length, so which are negatives decides how many rows a step has, and a step that draws them waits for the device.
+        options: of ``objective.forward``, the same in every step (`alpha` too). BLIP, ALBEF and VLMo need `negatives`, on the CPU:
+            captions differ in length, so which are negatives decides how many rows a step has, and a step that draws them waits for the
+            device.
 
     Three steps run before the capture, on a side stream; what a step writes besides gradients (momentum encoders, queues) is then put
     back. No other thread may allocate CUDA or pinned memory meanwhile. Gradients of the objective's parameters are zero afterwards.
