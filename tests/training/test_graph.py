@@ -29,6 +29,12 @@ READING = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select
 MADE, MAKING = "lift_fresh", ("tensor", "as_tensor", "from_numpy")
 
 
+@pytest.fixture(autouse=True)
+def _dense_gradients_of_tables(monkeypatch):
+    """As on a CUDA device; a CPU sums sparse ones, whose size depends on the words."""
+    monkeypatch.setattr("vlp_fast.modules.embeddings.table_of_lookups", lambda weight: weight)
+
+
 class HostTraffic(TorchDispatchMode):
     """Where the library reads a tensor on the host, or makes one there: ``(what, file, function)`` of its nearest frame.
 
@@ -133,7 +139,7 @@ READ = {
     "coca": {("__bool__", "linear_cross_entropy", "_check_targets")},
     "beit3": {("__bool__", "linear_cross_entropy", "_check_targets")},
     "albef": {("tolist", "albef", "forward")},
-    "vlmo": {("__bool__", "linear_cross_entropy", "_check_targets"), ("tolist", "vlmo", "forward")},
+    "vlmo": {("__bool__", "linear_cross_entropy", "_check_targets"), ("tolist", "vlmo", "_match")},
 }
 
 
