@@ -123,7 +123,7 @@ def _multiway_layer_norm_reduce_kernel(
 
 
 def multiway_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, offsets: list[int], eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, offsets: list[int], eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of every row with the scale and shift of its expert, rows ``offsets[e]:offsets[e + 1]``.
 
@@ -131,12 +131,12 @@ def multiway_layer_norm(
         x: ``[rows, dim]``, dim up to 8192. weight, bias: ``[num_experts, dim]``. offsets: host numbers. eps: added to the variance.
 
     Returns:
-        out ``[rows, dim]`` in x's dtype; mean and 1 / deviation of every row, fp32 ``[rows, 1]``.
+        out ``[rows, dim]`` in out_dtype; mean and 1 / deviation of every row, fp32 ``[rows, 1]``.
     """
-    dtype, (rows, dim) = x.dtype, x.shape
+    rows, dim = x.shape
     config = multiway_norm_config(dim)
     x, weight, bias = readable_rows(x), computed(weight).contiguous(), computed(bias).contiguous()
-    out = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, dim), dtype=computed_dtype(out_dtype), device=x.device)
     mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     if out.numel():
         rows_per_program = config.rows_per_program(rows)
@@ -148,7 +148,7 @@ def multiway_layer_norm(
                 x.stride(0), eps,
                 DIM=dim, **config.options,
             )  # fmt: skip
-    return out.to(dtype), mean, rstd
+    return out.to(out_dtype), mean, rstd
 
 
 def multiway_layer_norm_backward(

@@ -113,7 +113,7 @@ def test_multiway_layer_norm_kernels_over_several_programs(dim, dtype, monkeypat
     x, weight, bias, dout = (
         random(*s, dtype=dtype, seed=n) for n, s in enumerate(((rows, dim), (3, dim), (3, dim), (rows, dim)))
     )
-    out, mean, rstd = multiway_layer_norm.multiway_layer_norm(x, weight, bias, offsets, 1e-3)
+    out, mean, rstd = multiway_layer_norm.multiway_layer_norm(x, weight, bias, offsets, 1e-3, x.dtype)
     grads = multiway_layer_norm.multiway_layer_norm_backward(dout, x, mean, rstd, weight, offsets)
     leaves = [t.cpu().double().requires_grad_() for t in (x, weight, bias)]
     exact = reference.multiway_layer_norm(*leaves, offsets, 1e-3)
@@ -125,7 +125,7 @@ def test_multiway_layer_norm_kernels_add_many_partial_sums_the_same_way_twice(mo
     monkeypatch.setattr(multiway_layer_norm, "multiway_norm_config", lambda dim: NormConfig(4, programs=1000))
     x, dout = random(100, 40), random(100, 40, seed=1)
     weight = torch.ones(2, 40, device=DEVICE)
-    _, mean, rstd = multiway_layer_norm.multiway_layer_norm(x, weight, weight, [0, 90, 100], 1e-5)
+    _, mean, rstd = multiway_layer_norm.multiway_layer_norm(x, weight, weight, [0, 90, 100], 1e-5, x.dtype)
     first, second = (
         multiway_layer_norm.multiway_layer_norm_backward(dout, x, mean, rstd, weight, [0, 90, 100]) for _ in range(2)
     )

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlp_fast import reference
+from vlp_fast.modules import MultiwayLayerNorm
 from vlp_fast.ops import multiway_layer_norm, multiway_linear
 from vlp_fast.testing import assert_matches_reference, outputs_and_gradients
 
@@ -320,8 +321,45 @@ def test_multiway_layer_norm_statistics_are_fp32(backend, device):
     weight, bias = torch.ones(1, 512, device=device).half(), torch.zeros(1, 512, device=device).half()
     out = multiway_layer_norm(x, weight, bias, (0, 4), backend=backend)
     torch.testing.assert_close(out[:, ::2], torch.ones_like(out[:, ::2]), atol=1e-3, rtol=0)
-    _, mean, rstd = torch.ops.vlp_fast.multiway_layer_norm_v2(x, weight, bias, [0, 4], 1e-5, backend)
+    _, mean, rstd = torch.ops.vlp_fast.multiway_layer_norm_v3(x, weight, bias, [0, 4], 1e-5, x.dtype, backend)
     assert mean.dtype == rstd.dtype == torch.float32
+
+
+@pytest.mark.parametrize("offsets", [(0, 700, 1500), (0, 1500), (0, 0, 1500), (0, 3, 3)])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_multiway_layer_norm_rounds_its_sums_once_to_the_dtype_asked_for(offsets, x_dtype, out_dtype):
+    """More rows than a part has; gradients are those of the exact norm of the same rows, rounded to each input's dtype."""
+    torch.manual_seed(0)
+    rows, experts, width = offsets[-1], len(offsets) - 1, 512
+    x = (torch.randn(rows, width) + 1.0).to(x_dtype).requires_grad_()
+    weight, bias = (torch.randn(experts, width).requires_grad_() for _ in range(2))
+    out = multiway_layer_norm(x, weight, bias, offsets, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    exact = reference.multiway_layer_norm(*leaves, offsets, 1e-5)
+    near = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+    torch.testing.assert_close(out.double(), exact, rtol=near[out_dtype], atol=1e-5)
+    dout = torch.randn(rows, width).to(out_dtype)
+    found = torch.autograd.grad(out, (x, weight, bias), dout)
+    expected = torch.autograd.grad(exact, leaves, dout.double())
+    for one, other, leaf in zip(found, expected, (x, weight, bias), strict=True):
+        assert one.dtype == leaf.dtype
+        torch.testing.assert_close(one.double(), other, rtol=near[leaf.dtype], atol=2e-4)
+    direct = multiway_layer_norm(x.detach(), weight.detach(), bias.detach(), offsets, out_dtype=out_dtype)
+    assert torch.equal(direct, out)
+
+
+def test_a_norm_before_a_linear_layer_rounds_to_the_dtype_of_autocast():
+    norm = MultiwayLayerNorm(6, before_linear=True)
+    x = torch.randn(7, 6)
+    assert norm(x, (0, 3, 7)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x, (0, 3, 7))
+        assert MultiwayLayerNorm(6)(x, (0, 3, 7)).dtype == torch.float32
+        assert norm(x.double(), (0, 3, 7)).dtype == torch.float64
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, norm(x, (0, 3, 7)).bfloat16())
 
 
 # --------------------------------------------------------------------------------------------------------------- sentences
@@ -372,6 +410,10 @@ S = torch.zeros(2, 6)
         (
             lambda: multiway_layer_norm(X, S, S.half(), (0, 3, 7)),
             "weight and bias must be on x's device cpu and share one dtype; received torch.float32 on cpu and torch.float16 on cpu.",
+        ),
+        (
+            lambda: multiway_layer_norm(X, S, S, (0, 3, 7), out_dtype=torch.int64),
+            "out_dtype must be a floating dtype or None; received torch.int64.",
         ),
         (lambda: multiway_layer_norm(X[0], S, S, (0, 3, 7)), "x must be packed as [rows, width]; received shape [6]."),
         (

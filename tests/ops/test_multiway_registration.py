@@ -51,14 +51,14 @@ def test_multiway_linear_backward_op_is_registered_right(activation, backend, de
 
 def test_multiway_layer_norm_op_is_registered_right(backend, device):
     inputs = [t.requires_grad_() for t in norm_inputs((0, 3, 7), device)]
-    torch.library.opcheck(torch.ops.vlp_fast.multiway_layer_norm_v2.default, (*inputs, [0, 3, 7], 1e-5, backend))
+    torch.library.opcheck(torch.ops.vlp_fast.multiway_layer_norm_v3.default, (*inputs, [0, 3, 7], 1e-5, torch.float32, backend))
 
 
 def test_multiway_layer_norm_backward_op_is_registered_right(backend, device):
     x, weight, bias = norm_inputs((0, 3, 7), device)
-    _, mean, rstd = torch.ops.vlp_fast.multiway_layer_norm_v2(x, weight, bias, [0, 3, 7], 1e-5, backend)
+    _, mean, rstd = torch.ops.vlp_fast.multiway_layer_norm_v3(x, weight, bias, [0, 3, 7], 1e-5, torch.float32, backend)
     arguments = (torch.randn_like(x), x, mean, rstd, weight, bias, [0, 3, 7], backend)
-    torch.library.opcheck(torch.ops.vlp_fast.multiway_layer_norm_backward_v2.default, arguments)
+    torch.library.opcheck(torch.ops.vlp_fast.multiway_layer_norm_backward_v3.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,7 +74,7 @@ def test_multiway_fake_tensors_have_the_real_shapes_and_strides(transposed, dtyp
 
     def everything(x, weight, bias, scale, shift, dout):
         ops = torch.ops.vlp_fast
-        out, mean, rstd = ops.multiway_layer_norm_v2(x, scale, shift, offsets, 1e-5, backend)
+        out, mean, rstd = ops.multiway_layer_norm_v3(x, scale, shift, offsets, 1e-5, x.dtype, backend)
         return [
             *ops.multiway_linear_v2(x, weight, bias, dout, offsets, "gelu", True, backend),
             *ops.multiway_linear_v2(x, weight, bias, None, offsets, "gelu", False, backend),
@@ -83,7 +83,7 @@ def test_multiway_fake_tensors_have_the_real_shapes_and_strides(transposed, dtyp
             out,
             mean,
             rstd,
-            *ops.multiway_layer_norm_backward_v2(out, x, mean, rstd, scale, shift, offsets, backend),
+            *ops.multiway_layer_norm_backward_v3(out, x, mean, rstd, scale, shift, offsets, backend),
         ]
 
     tensors = (x, weight, bias, scale, shift, dout)

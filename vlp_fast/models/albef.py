@@ -270,7 +270,7 @@ class AlbefEncoders(nn.Module):
 
     def word_weights(self) -> tuple[Tensor, Tensor]:
         """Weight ``[vocab_size, dim]`` and bias of the words: the weight is that of the input embeddings."""
-        return self.text_encoder.embedding.word.table(), self.word_head.bias
+        return self.text_encoder.embedding.word.head_weight(), self.word_head.bias
 
     def word_logits(self, rows: Tensor) -> Tensor:
         """Rows of the fusion encoder -> ``[rows, vocab_size]``: which word was masked there."""

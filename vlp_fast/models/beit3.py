@@ -30,6 +30,7 @@ from vlp_fast.modules import (
     MultiwayLayerNorm,
     PatchDrop,
     PatchEmbedding,
+    WordEmbedding,
     init_transformer,
 )
 from vlp_fast.passes import Parts, PassInfo, ReadRows
@@ -158,9 +159,11 @@ class Beit3Layer(nn.Module):
         dim, eps, first = config.dim, config.eps, config.vl_experts_from_layer
         self.attention_experts = 1 if config.share_attention else 2
         self.ffn_experts = 2 if first is None or index < first else 3
-        self.attention_norm = MultiwayLayerNorm(dim, self.attention_experts, eps=eps, backend=config.backend)
+        self.attention_norm = MultiwayLayerNorm(
+            dim, self.attention_experts, eps=eps, before_linear=True, backend=config.backend
+        )
         self.attention = MultiwayAttention(dim, config.num_heads, self.attention_experts, inner_eps=eps, backend=config.backend)
-        self.ffn_norm = MultiwayLayerNorm(dim, self.ffn_experts, eps=eps, backend=config.backend)
+        self.ffn_norm = MultiwayLayerNorm(dim, self.ffn_experts, eps=eps, before_linear=True, backend=config.backend)
         self.ffn = MultiwayFFN(dim, config.hidden_dim, self.ffn_experts, eps=eps, backend=config.backend)
         self.drop_path = DropPath(drop_path)
 
@@ -303,7 +306,7 @@ class Beit3(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(config.dim))
         self.mask_token = nn.Parameter(torch.zeros(config.dim))
         self.image_position = nn.Parameter(torch.zeros(self.num_image_tokens, config.dim))
-        self.word = nn.Embedding(config.vocab_size, config.dim)
+        self.word = WordEmbedding(config.vocab_size, config.dim)
         self.text_position = nn.Embedding(config.max_positions, config.dim)
         self.encoder = Beit3Encoder(config)
         self.apply(init_transformer)

@@ -257,7 +257,7 @@ class Captioning(nn.Module):
 
     def word_weights(self) -> tuple[Tensor, Tensor]:
         """Weight ``[vocab_size, dim]`` and bias of the words: the weight is that of the input embeddings."""
-        return self.text_tower.embedding.word.table(), self.lm_bias
+        return self.text_tower.embedding.word.head_weight(), self.lm_bias
 
     def word_logits(self, rows: Tensor) -> Tensor:
         """Rows of a captioning pass -> ``[rows, vocab_size]``."""

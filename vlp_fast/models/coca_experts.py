@@ -47,7 +47,7 @@ class CocaExpertLayer(nn.Module):
         dim, eps, backend = config.dim, config.eps, config.backend
         self.attention_norm = nn.LayerNorm(dim, eps)
         self.attention = SelfAttention(dim, config.num_heads, backend=backend)
-        self.ffn_norm = MultiwayLayerNorm(dim, eps=eps, backend=backend)
+        self.ffn_norm = MultiwayLayerNorm(dim, eps=eps, before_linear=True, backend=backend)
         self.fc1 = MultiwayLinear(dim, config.hidden_dim, activation="gelu", backend=backend)
         self.fc2 = MultiwayLinear(config.hidden_dim, dim, backend=backend)
 

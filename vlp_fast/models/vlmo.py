@@ -213,7 +213,7 @@ class VlmoLayer(nn.Module):
         self.num_experts = num_experts
         self.attention_norm = nn.LayerNorm(dim, eps)
         self.attention = VlmoAttention(config)
-        self.ffn_norm = MultiwayLayerNorm(dim, num_experts, eps=eps, backend=backend)
+        self.ffn_norm = MultiwayLayerNorm(dim, num_experts, eps=eps, before_linear=True, backend=backend)
         self.fc1 = MultiwayLinear(dim, config.hidden_dim, num_experts, activation="gelu", backend=backend)
         self.fc2 = MultiwayLinear(config.hidden_dim, dim, num_experts, backend=backend)
         self.attention_scale = _scale(dim, config.layer_scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlp_fast.modules.dropout import Dropout
 from vlp_fast.modules.linear import Linear
-from vlp_fast.ops._autocast import table_of_lookups
+from vlp_fast.ops._autocast import shared_table
 from vlp_fast.segments import Segments
 
 __all__ = ["PatchDrop", "PatchEmbedding", "TextEmbedding", "WordEmbedding"]
@@ -110,12 +110,12 @@ class PatchDrop(nn.Module):
 class WordEmbedding(nn.Embedding):
     """nn.Embedding of words, with a head of the same weight or without. Shape: int64 ``[rows]`` -> ``[rows, embedding_dim]``."""
 
-    def table(self) -> Tensor:
+    def head_weight(self) -> Tensor:
         """The weight, for a head: within a step on a CPU its gradient is added to those of the lookups (`ops._autocast`)."""
-        return table_of_lookups(self.weight)
+        return shared_table(self.weight).head
 
     def forward(self, input: Tensor) -> Tensor:
-        table = self.table()
+        table = shared_table(self.weight).lookups
         return F.embedding(input, table, self.padding_idx, sparse=table is not self.weight)
 
 

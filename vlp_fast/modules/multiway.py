@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import _check_heads
 from vlp_fast.ops import attention, multiway_layer_norm, multiway_linear
+from vlp_fast.ops._autocast import autocast_dtype
 from vlp_fast.ops._backends import attention_only
 from vlp_fast.passes import ReadRows
 
@@ -56,16 +57,25 @@ class MultiwayLinear(nn.Module):
 
 
 class MultiwayLayerNorm(nn.Module):
-    """`vlp_fast.ops.multiway_layer_norm` with its parameters. Shape: ``[rows, dim]`` -> ``[rows, dim]``."""
+    """`vlp_fast.ops.multiway_layer_norm` with its parameters. Shape: ``[rows, dim]`` -> ``[rows, dim]``.
 
-    def __init__(self, dim: int, num_experts: int = 2, *, eps: float = 1e-5, backend: str | None = None) -> None:
+    Args: before_linear: whether a linear layer alone reads the output: then it is rounded at once to autocast's dtype, as that would do.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int = 2, *, eps: float = 1e-5, before_linear: bool = False, backend: str | None = None
+    ) -> None:
         super().__init__()
-        self.eps, self.backend = eps, None if attention_only(backend) else backend
+        self.eps, self.before_linear = eps, before_linear
+        self.backend = None if attention_only(backend) else backend
         self.weight = nn.Parameter(torch.ones(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts, dim))
 
     def forward(self, x: Tensor, expert_offsets: Sequence[int]) -> Tensor:
-        return multiway_layer_norm(x, self.weight, self.bias, expert_offsets, self.eps, backend=self.backend)
+        out_dtype = autocast_dtype(x.device.type) if self.before_linear and x.dtype != torch.float64 else None
+        return multiway_layer_norm(
+            x, self.weight, self.bias, expert_offsets, self.eps, out_dtype=out_dtype, backend=self.backend
+        )
 
 
 class MultiwayAttention(nn.Module):
@@ -90,7 +100,11 @@ class MultiwayAttention(nn.Module):
         _check_heads(dim, num_heads)
         self.num_heads, self.dropout_p, self.backend = num_heads, dropout_p, backend
         self.qkv = MultiwayLinear(dim, 3 * dim, num_experts, backend=backend)
-        self.inner_norm = None if inner_eps is None else MultiwayLayerNorm(dim, num_experts, eps=inner_eps, backend=backend)
+        self.inner_norm = (
+            None
+            if inner_eps is None
+            else MultiwayLayerNorm(dim, num_experts, eps=inner_eps, before_linear=True, backend=backend)
+        )
         self.proj = MultiwayLinear(dim, dim, num_experts, backend=backend)
 
     def forward(
@@ -119,7 +133,7 @@ class MultiwayFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = MultiwayLinear(dim, hidden_dim, num_experts, activation="gelu", backend=backend)
-        self.norm = MultiwayLayerNorm(hidden_dim, num_experts, eps=eps, backend=backend)
+        self.norm = MultiwayLayerNorm(hidden_dim, num_experts, eps=eps, before_linear=True, backend=backend)
         self.fc2 = MultiwayLinear(hidden_dim, dim, num_experts, backend=backend)
 
     def forward(self, x: Tensor, expert_offsets: Sequence[int], residual: Tensor | None = None) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vlp_fast.ops._products import fuses_gelu, linear_gelu, mm
 
+CACHED = 2**18  # numbers of a part of the rows
+
 __all__ = ["layer_norm", "layer_norm_backward", "linear", "linear_backward", "statistics_dtype"]
 
 _gelu, _gelu_, _gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backward.grad_input
@@ -82,52 +84,76 @@ def linear_backward(
     return dx, dweight, dbias
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, offsets: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, offsets: Sequence[int], eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, mean, rstd.
 
-    PyTorch's norm cannot write into a slice. So all rows pass through the norm of the expert with the most rows, and the few rows of
-    the others are computed again and written over: for BEiT-3's images and captions, one pass over memory instead of two.
+    PyTorch's norm cannot write into a slice, nor in another dtype than its input's. Where that is the dtype wanted, all rows pass
+    through the norm of the expert with the most rows, and the few rows of the others are computed again and written over. Elsewhere the
+    rows pass a part at a time, and what is between lives in the processor's cache.
     """
     weight, bias, width = _beside(x, weight), _beside(x, bias), [x.shape[1]]
     most, *others = _by_size(offsets)
-    out, mean, rstd = torch.native_layer_norm(x, width, weight[most[0]], bias[most[0]], eps)
-    for e, a, b in others:
-        out[a:b] = torch.native_layer_norm(x[a:b], width, weight[e], bias[e], eps)[0]
+    if out_dtype == x.dtype or x.shape[0] == 0:
+        out, mean, rstd = torch.native_layer_norm(x, width, weight[most[0]], bias[most[0]], eps)
+        for e, a, b in others:
+            out[a:b] = torch.native_layer_norm(x[a:b], width, weight[e], bias[e], eps)[0]
+        return out.to(out_dtype), mean, rstd
+    wide = statistics_dtype(x.dtype)
+    out = x.new_empty(x.shape, dtype=out_dtype)
+    mean, rstd = (x.new_empty((x.shape[0], 1), dtype=wide) for _ in range(2))
+    for e, a, b in _parts(x, offsets):
+        out[a:b], mean[a:b], rstd[a:b] = torch.native_layer_norm(
+            x[a:b].to(wide), width, weight[e].to(wide), bias[e].to(wide), eps
+        )
     return out, mean, rstd
 
 
 def layer_norm_backward(
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, offsets: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias. dx goes the way of `layer_norm`; a sum over rows needs no copy.
+    """dx, dweight, dbias; dx goes the way of `layer_norm`.
 
-    16-bit rows are widened on the CPU: PyTorch's kernel sums their dweight in 16 bits, wrong by percents after a hundred rows.
+    16-bit rows are widened: PyTorch's kernel on a CPU sums their dweight in 16 bits, wrong by percents after a hundred rows.
     """
     dweight, dbias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias))
-    dtype, width = x.dtype, [x.shape[1]]
-    if x.device.type == "cpu":
-        x, dout = x.to(statistics_dtype(dtype)), dout.to(statistics_dtype(dtype))
-    weight, bias, dout = _beside(x, weight), _beside(x, bias), dout.contiguous()
+    width, wide = [x.shape[1]], statistics_dtype(x.dtype)
     for e in _idle(offsets):
         dweight[e].zero_()
         dbias[e].zero_()
 
     def gradients(e: int, a: int, b: int, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten.native_layer_norm_backward(
-            dout[a:b], x[a:b], width, mean[a:b], rstd[a:b], weight[e], bias[e], wanted
-        )
+        rows = (t[a:b].to(wide).contiguous() for t in (dout, x))
+        scale, shift = weight[e].to(wide), bias[e].to(wide)
+        return torch.ops.aten.native_layer_norm_backward(*rows, width, mean[a:b], rstd[a:b], scale, shift, wanted)
 
     most, *others = _by_size(offsets)
     if x.shape[0] == 0:
-        return torch.empty_like(x, dtype=dtype), dweight, dbias
-    if not others:
-        dx, dweight[most[0]], dbias[most[0]] = gradients(*most, True, True, True)
-        return dx.to(dtype), dweight, dbias
-    dx = gradients(most[0], 0, x.shape[0], True, False, False)[0]
-    _, dweight[most[0]], dbias[most[0]] = gradients(*most, False, True, True)
-    for e, a, b in others:
-        dx[a:b], dweight[e], dbias[e] = gradients(e, a, b, True, True, True)
-    return dx.to(dtype), dweight, dbias
+        return torch.empty_like(x), dweight, dbias
+    if x.dtype == wide == dout.dtype:
+        if not others:
+            dx, dweight[most[0]], dbias[most[0]] = gradients(*most, True, True, True)
+            return dx, dweight, dbias
+        dx = gradients(most[0], 0, x.shape[0], True, False, False)[0]
+        _, dweight[most[0]], dbias[most[0]] = gradients(*most, False, True, True)
+        for e, a, b in others:
+            dx[a:b], dweight[e], dbias[e] = gradients(e, a, b, True, True, True)
+        return dx, dweight, dbias
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    for e, a, b in _parts(x, offsets):
+        dx[a:b], of_weight, of_bias = gradients(e, a, b, True, True, True)
+        sums[e] = (sums[e][0].add_(of_weight), sums[e][1].add_(of_bias)) if e in sums else (of_weight, of_bias)
+    for e, (of_weight, of_bias) in sums.items():
+        dweight[e], dbias[e] = of_weight, of_bias
+    return dx, dweight, dbias
+
+
+def _parts(x: Tensor, offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The runs that have rows, on a CPU cut into parts of which some fp32 copies fit in its cache."""
+    step = max(CACHED // x.shape[1], 1) if x.device.type == "cpu" else x.shape[0]
+    return [(e, i, min(i + step, b)) for e, a, b in _runs(offsets) for i in range(a, b, step)]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -131,10 +131,13 @@ def _setup_context(ctx, inputs, output):
     out, lse, mean, rstd = output
     ctx.save_for_backward(x, queries, out, lse, mean, rstd, offsets)
     ctx.mark_non_differentiable(lse, mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.scalars = (lengths, max_seqlen, eps, backend)
 
 
 def _grad(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 7
     dx, dqueries = _backward(dout, *ctx.saved_tensors, *ctx.scalars)
     return dx, dqueries, None, None, None, None, None
 

@@ -314,6 +314,7 @@ def _setup_context(ctx, inputs, output):
     hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, *needs, backend = inputs
     _, lse, *grads = output
     ctx.mark_non_differentiable(lse, *grads)
+    ctx.set_materialize_grads(False)  # or zeros for each of them
     ctx.needs, ctx.scalar = needs, reduction != "none"
     if ctx.scalar:
         ctx.save_for_backward(*grads)
@@ -324,6 +325,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _grad(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 11
     if not ctx.scalar:
         grads = _backward(dloss, *ctx.saved_tensors, *ctx.settings)
     elif runs_directly("torch", dloss, *ctx.saved_tensors) and float(dloss) == 1.0:

@@ -84,7 +84,14 @@ def multiway_linear(
 
 
 def multiway_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, expert_offsets: Sequence[int], eps: float = 1e-5, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert_offsets: Sequence[int],
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """LayerNorm with fp32 statistics and the scale and shift of each run's expert.
 
@@ -92,11 +99,10 @@ def multiway_layer_norm(
 
     Args:
         x: ``[rows, dim]``. weight, bias: ``[num_experts, dim]``. expert_offsets: as in `multiway_linear`. eps: added to the variance.
+        out_dtype: None: the wider of the dtypes of x and weight, as autocast's layer_norm does; or a floating dtype to round to.
         backend: "triton" (dim up to 8192), "torch", or None for the device's default.
 
-    Returns:
-        ``[rows, dim]`` in the wider of the dtypes of x and weight, as autocast's layer_norm does. An expert without rows gets
-        gradients of zero.
+    Returns: ``[rows, dim]`` in out_dtype. An expert without rows gets gradients of zero.
 
     Raises:
         ValueError: shapes or devices that disagree, offsets that are not a partition of the rows, or a dtype or dim that the backend
@@ -118,10 +124,13 @@ def multiway_layer_norm(
     name = _backend(backend, x, "multiway_layer_norm", weight)
     if name == "triton" and x.shape[1] > MAX_NORM_WIDTH:
         raise ValueError(f"backend 'triton' normalises up to {MAX_NORM_WIDTH} columns; received {x.shape[1]}.")
-    x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    x = x.to(weight.dtype) if weight.dtype == torch.float64 else x
+    dtype = torch.promote_types(x.dtype, weight.dtype) if out_dtype is None else out_dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating dtype or None; received {out_dtype}.")
     if runs_directly(name, x, weight, bias):
-        return _multiway_torch.layer_norm(x, weight, bias, expert_offsets, eps)[0]
-    return _layer_norm(x, weight, bias, list(expert_offsets), eps, name)[0]
+        return _multiway_torch.layer_norm(x, weight, bias, expert_offsets, eps, dtype)[0]
+    return _layer_norm(x, weight, bias, list(expert_offsets), eps, dtype, name)[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], weight_dim: int) -> None:
@@ -214,12 +223,15 @@ def _linear_setup(ctx, inputs, output):
     x, weight, bias, residual, offsets, activation, _, backend = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros for it
     ctx.has_bias = bias is not None
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.facts = offsets, activation, backend
 
 
 def _linear_grad(ctx, dout, dpre):
+    if dout is None:
+        return (None,) * 8
     x, weight, pre = ctx.saved_tensors
     offsets, activation, backend = ctx.facts
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
@@ -248,24 +260,24 @@ def _linear_backward_flops(
 # -------------------------------------------------------------------------------------------------------------- layer norm
 
 
-@torch.library.custom_op("vlp_fast::multiway_layer_norm_v2", mutates_args=())
+@torch.library.custom_op("vlp_fast::multiway_layer_norm_v3", mutates_args=())
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, expert_offsets: list[int], eps: float, backend: str
+    x: Tensor, weight: Tensor, bias: Tensor, expert_offsets: list[int], eps: float, out_dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "torch":
-        return _multiway_torch.layer_norm(x, weight, bias, expert_offsets, eps)
+        return _multiway_torch.layer_norm(x, weight, bias, expert_offsets, eps, out_dtype)
     from vlp_fast.kernels.multiway_layer_norm import multiway_layer_norm
 
-    return multiway_layer_norm(x, weight, bias, expert_offsets, eps)
+    return multiway_layer_norm(x, weight, bias, expert_offsets, eps, out_dtype)
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, expert_offsets, eps, backend):
+def _(x, weight, bias, expert_offsets, eps, out_dtype, backend):
     statistic = x.new_empty((x.shape[0], 1), dtype=_multiway_torch.statistics_dtype(x.dtype))
-    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+    return x.new_empty(x.shape, dtype=out_dtype), statistic, torch.empty_like(statistic)
 
 
-@torch.library.custom_op("vlp_fast::multiway_layer_norm_backward_v2", mutates_args=())
+@torch.library.custom_op("vlp_fast::multiway_layer_norm_backward_v3", mutates_args=())
 def _layer_norm_backward(
     dout: Tensor,
     x: Tensor,
@@ -289,15 +301,18 @@ def _(dout, x, mean, rstd, weight, bias, expert_offsets, backend):
 
 
 def _layer_norm_setup(ctx, inputs, output):
-    x, weight, bias, offsets, _, backend = inputs
+    x, weight, bias, offsets, _, _, backend = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight, bias)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.facts = offsets, backend
 
 
 def _layer_norm_grad(ctx, dout, dmean, drstd):
-    return *_layer_norm_backward(dout, *ctx.saved_tensors, *ctx.facts), None, None, None
+    if dout is None:
+        return (None,) * 7
+    return *_layer_norm_backward(dout, *ctx.saved_tensors, *ctx.facts), None, None, None, None
 
 
 _layer_norm.register_autograd(_layer_norm_grad, setup_context=_layer_norm_setup)
