@@ -53,14 +53,25 @@ def cases(options: Options) -> Iterator[Entry]:
                 f"bf16 attention as products, {steps[model]} step",
                 lambda m=model: _step(options, m, _without_products, 1.06, why),
             )
-        why = "the text tower's weights are cast twice as often without, and so are their gradients: 80 ms of 3.3 s"
-        yield Entry("parameters cast once, BLIP step", lambda: _cast_once(options, 1.02, why))
+        why = "of 3.3 s 80 ms are casts of the text tower's weights and gradients a second time, 130 ms tables of zeros for lookups"
+        yield Entry(
+            "parameters shared by a step's forwards, BLIP step", lambda: _step(options, "blip", _nothing_shared, 1.06, why)
+        )
+        why = "600 of 6,100 ms of a step on a busy machine are norms of wide rows and copies of them to and from fp32"
+        yield Entry("norms rounded once and by parts, BEiT-3 step", lambda: _step(options, "beit3", _plain_norms, 1.08, why))
+        why = "images padded to the longest pair: 27 % more scores, and a mask"
+        yield Entry(
+            "images apart from pairs in attention, BEiT-3 step", lambda: _step(options, "beit3", _padded_together, 1.03, why)
+        )
     if options.device == "cpu":
         why = "1.8 -> 0.5 ms of random numbers in each of 46 calls"
         yield Entry("dropout by 16 bits, BLIP step", lambda: _step(options, "blip", _plain_dropout, 1.02, why))
         why = "oneDNN reorders a weight in every call without: 8 rows read it at 41 GB/s where 24 were reached"
         yield Entry("packed weights, BLIP nucleus 0.9", lambda: _generation(options, "blip", "packed", 1.15, why))
         yield Entry("packed weights, CoCa nucleus 0.9", lambda: _generation(options, "coca", "packed", 1.15, why))
+        why = "9 of 28 ms of a step are not products: half of them gone"
+        yield Entry("layers bound to their weights, BLIP nucleus 0.9", lambda: _generation(options, "blip", "bound", 1.15, why))
+        yield Entry("layers bound to their weights, CoCa nucleus 0.9", lambda: _generation(options, "coca", "bound", 1.15, why))
         why = "scores in fp32 by batched products, as bf16 has them, whose forward and backward halve"
         yield Entry("left out: fp32 attention as products, 8 images", lambda: _fp32_attention(options, 1.5, why))
         if bf16:
@@ -122,11 +133,32 @@ def _step(options: Options, model: str, context: Context, predicted: float, why:
     return _compared(context, call, predicted, why, "without")
 
 
-def _cast_once(options: Options, predicted: float, why: str) -> Case:
-    steps = _built(options, "blip")
-    call = bench_steps._training(steps.own, lambda: steps.own_step("packed"), steps.weights, options)
-    context = lambda: patch("vlp_fast.training.objective.parameters_shared", nullcontext)  # noqa: E731
-    return _compared(context, call, predicted, why, "without")
+def _nothing_shared() -> AbstractContextManager[Any]:
+    return patch("vlp_fast.training.objective.parameters_shared", nullcontext)
+
+
+def _plain_norms() -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    stack.enter_context(patch("vlp_fast.modules.multiway.autocast_dtype", lambda device_type: None))
+    stack.enter_context(patch.object(_multiway_torch, "CACHED", 2**40))
+    return stack
+
+
+def _padded_together() -> AbstractContextManager[Any]:
+    return patch("vlp_fast.padding.APART", 2**40)
+
+
+def _unbound() -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for name, layer in (("bind", lambda layer: layer), ("bind_mlp", lambda layer: layer), ("bind_gelu", _gelu_after)):
+        stack.enter_context(patch(f"vlp_fast.generation.decoders.{name}", layer))
+    stack.enter_context(patch("vlp_fast.modules.bound._by_torch", lambda layer: False))
+    stack.enter_context(patch("vlp_fast.ops._decode_attention_torch.bind", lambda *args: None))
+    return stack
+
+
+def _gelu_after(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: F.gelu(layer(x))
 
 
 def _without_onednn() -> AbstractContextManager[Any]:
@@ -145,7 +177,8 @@ def _plain_dropout() -> AbstractContextManager[Any]:
     return patch.object(Dropout, "forward", nn.Dropout.forward)
 
 
-def _generation(options: Options, model: str, name: str, predicted: float, why: str) -> Case:
+def _generation(options: Options, model: str, change: str, predicted: float, why: str) -> Case:
+    """change: "packed" or "bound"; without the second, weights are packed in both."""
     torch.manual_seed(options.seed)
     shape = bench_steps.SHAPES[options.size]
     width, depth, heads = shape["width"], shape["depth"], shape["heads"]
@@ -171,6 +204,8 @@ def _generation(options: Options, model: str, name: str, predicted: float, why: 
         with packed:
             return plain()
 
+    if change == "bound":
+        return _compared(_unbound, within, predicted, why, "without")
     return Case({"without": plain, "vlp_fast": within}, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
 
 

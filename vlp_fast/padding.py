@@ -19,6 +19,7 @@ __all__ = ["PaddedBucket", "PaddedPlan", "padded_plan"]
 
 WASTE = 2.0  # a bucket takes another group while its padded query-key pairs stay within this multiple of the real ones
 FREE_PAIRS = 4096  # and below this many padded pairs always: a separate call costs more than it saves
+APART = 2**14  # pairs that a call of its own must save, to be made in any case
 
 
 class PaddedBucket(NamedTuple):
@@ -133,8 +134,9 @@ def _from_host(plan: AttentionPlan) -> PaddedPlan:
     useful = most_q = most_k = 0
     for i in order:
         m, n, _ = sized[i]
-        padded = (len(chunks[-1]) + 1) * max(most_q, n) * max(most_k, m) if chunks else 0
-        if not chunks or padded > max(FREE_PAIRS, WASTE * (useful + m * n)):
+        count = len(chunks[-1]) if chunks else 0
+        together, apart = (count + 1) * max(most_q, n) * max(most_k, m), count * most_q * most_k + m * n
+        if not chunks or together > max(FREE_PAIRS, WASTE * (useful + m * n)) or together > apart + APART:
             chunks.append([])
             useful = most_q = most_k = 0
         chunks[-1].append(i)

@@ -85,6 +85,14 @@ def test_padded_plan_wastes_little(seed):
     assert len(padded.buckets) < 12
 
 
+def test_padded_plan_keeps_images_apart_from_longer_pairs():
+    """A quarter of waste is much where there are many pairs: eight images of 197 rows beside pairs of up to 222."""
+    plan = AttentionPlan.self_attention(Segments([197] * 8 + [205, 208, 209, 211, 211, 213, 214, 222]))
+    buckets = padded_plan(plan).buckets
+    assert (buckets[0].groups, buckets[0].seqlen_q, buckets[0].mask) == (8, 197, None)
+    assert sum(b.groups * b.seqlen_q * b.seqlen_k for b in buckets) < 1.03 * plan.pairs
+
+
 def test_padded_plan_of_equal_segments_is_a_view():
     padded = padded_plan(AttentionPlan.self_attention([7] * 5))
     (bucket,) = padded.buckets

@@ -36,6 +36,7 @@ def attention(
     """
     padded = padded_plan(plan)
     outs, lses = [], []
+    hashes = None if seed is None else _hash_heads(seed, q.shape[1])
     for number, bucket in enumerate(padded.buckets):
         if plan.shares_queries:
             qb = q.transpose(0, 1).expand(bucket.groups, -1, -1, -1)
@@ -45,10 +46,10 @@ def attention(
         vb = _pack(v, bucket.key_rows, bucket.key_start, bucket.groups, bucket.seqlen_k)
         products = biases is None and not return_lse and _attention_bf16.is_for_products(qb, kb, vb, bucket.mask, dropout_p)
         if products:
-            keep = None if seed is None else _keep(seed, bucket, q.shape[1], dropout_p)
+            keep = None if hashes is None else _keep(hashes, bucket, dropout_p)
             out = _attention_bf16.attention(qb, kb, vb, bucket.mask, bucket.causal, scale, keep, dropout_p)
         elif dropout_p > 0.0 or return_lse:
-            out, lse = _explicit(qb, kb, vb, bucket, scale, dropout_p, seed)
+            out, lse = _explicit(qb, kb, vb, bucket, scale, dropout_p, hashes)
             lses.append(lse.transpose(0, 1).reshape(q.shape[1], -1))  # [heads, slots]
         else:
             mask = bucket.mask
@@ -79,7 +80,7 @@ def _statistics(x: Tensor) -> torch.dtype:
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, bucket: PaddedBucket, scale: float, dropout_p: float, seed: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, bucket: PaddedBucket, scale: float, dropout_p: float, hashes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Scores in memory: for dropout with a mask of our own, and for the log-sum-exp, neither of which SDPA offers."""
     if k.shape[1] != q.shape[1]:
@@ -93,18 +94,22 @@ def _explicit(
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     if dropout_p > 0.0:
-        assert seed is not None
-        weights = weights * _keep(seed, bucket, q.shape[1], dropout_p) * (1.0 / (1.0 - dropout_p))
+        assert hashes is not None
+        weights = weights * _keep(hashes, bucket, dropout_p) * (1.0 / (1.0 - dropout_p))
     return weights.to(q.dtype) @ v, lse
 
 
-def _keep(seed: Tensor, bucket: PaddedBucket, heads: int, dropout_p: float) -> Tensor:
-    """`reference.dropout_keep` for every slot, bool ``[groups, heads, seqlen_q, seqlen_k]``, in int32 arithmetic that wraps."""
+def _hash_heads(seed: Tensor, heads: int) -> Tensor:
+    """Of `reference.dropout_keep`, what depends on seed and head: int32 ``[heads]``."""
     bits = seed.view(torch.int32)  # low half, high half (little-endian)
     head = torch.arange(heads, dtype=torch.int32, device=seed.device)
-    per_head = _mix(_mix(bits[0] ^ _signed(0x9E3779B9)) ^ bits[1] ^ (head * _signed(0x85EBCA77)))
+    return _mix(_mix(bits[0] ^ _signed(0x9E3779B9)) ^ bits[1] ^ (head * _signed(0x85EBCA77)))
+
+
+def _keep(hashes: Tensor, bucket: PaddedBucket, dropout_p: float) -> Tensor:
+    """`reference.dropout_keep` for every slot, bool ``[groups, heads, seqlen_q, seqlen_k]``, in int32 arithmetic that wraps."""
     query_rows = bucket.query_rows.to(torch.int32).view(bucket.groups, 1, bucket.seqlen_q)
-    per_query = _mix(per_head[None, :, None] ^ query_rows)
+    per_query = _mix(hashes[None, :, None] ^ query_rows)
     per_key = _mix(bucket.key_rows.to(torch.int32).view(bucket.groups, 1, 1, bucket.seqlen_k) ^ _signed(0xC2B2AE3D))
     hashed = _mix(per_query[..., None] ^ per_key)
     # unsigned comparison: flipping the sign bit orders int32 as uint32
@@ -116,6 +121,7 @@ def _signed(value: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x85EBCA6B)
-    x = (x ^ ((x >> 13) & 0x7FFFF)) * _signed(0xC2B2AE35)
-    return x ^ ((x >> 16) & 0xFFFF)
+    """murmur3's finaliser; x is given up."""
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x85EBCA6B))
+    x = x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(0xC2B2AE35))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
