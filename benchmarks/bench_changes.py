@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ from vlp_fast.generation import generate
 from vlp_fast.models import BlipCaptioner, blip_preset, open_clip_coca_preset
 from vlp_fast.models.coca_open_clip import OpenClipCoca
 from vlp_fast.modules import Dropout
-from vlp_fast.ops import _attention_bf16, _multiway_torch, _products, packed_weights
+from vlp_fast.ops import _attention_bf16, _multiway_torch, _products, linear, packed_weights
 
 __all__ = ["cases"]
 
@@ -39,46 +40,52 @@ def cases(options: Options) -> Iterator[Entry]:
         ("blip", 1.19, "1,908 GFLOPs of a step against 1,600: vlp-fast profile"),
         ("beit3", 1.0, "the same FLOPs in one forward, not three"),
     ):
-        yield Entry(f"packed schedule, {steps[model]} step", lambda m=model, p=predicted, w=why: _schedules(options, m, p, w))
+        yield Entry(f"packed schedule, {steps[model]} step", partial(_schedules, options, model, predicted, why))
     if fp32 and options.device == "cpu":
         why = "oneDNN's products are twice as fast as MKL's on this processor, and are most of a step"
         for model in steps:
             yield Entry(
-                f"fp32 products by oneDNN, {steps[model]} step", lambda m=model: _step(options, m, _without_onednn, 1.7, why)
+                f"fp32 products by oneDNN, {steps[model]} step", partial(_step, options, model, _without_onednn, 1.7, why)
             )
     if bf16 and options.device == "cpu":
         why = "29 -> 15 ms of attention, forward and backward, in each of 12 layers of a step of 3.4 s"
         for model in steps:
             yield Entry(
                 f"bf16 attention as products, {steps[model]} step",
-                lambda m=model: _step(options, m, _without_products, 1.06, why),
+                partial(_step, options, model, _without_products, 1.06, why),
             )
         why = "of 3.3 s 80 ms are casts of the text tower's weights and gradients a second time, 130 ms tables of zeros for lookups"
         yield Entry(
-            "parameters shared by a step's forwards, BLIP step", lambda: _step(options, "blip", _nothing_shared, 1.06, why)
+            "parameters shared by a step's forwards, BLIP step", partial(_step, options, "blip", _nothing_shared, 1.06, why)
         )
         why = "600 of 6,100 ms of a step on a busy machine are norms of wide rows and copies of them to and from fp32"
-        yield Entry("norms rounded once and by parts, BEiT-3 step", lambda: _step(options, "beit3", _plain_norms, 1.08, why))
+        yield Entry("norms rounded once and by parts, BEiT-3 step", partial(_step, options, "beit3", _plain_norms, 1.08, why))
         why = "images padded to the longest pair: 27 % more scores, and a mask"
         yield Entry(
-            "images apart from pairs in attention, BEiT-3 step", lambda: _step(options, "beit3", _padded_together, 1.03, why)
+            "images apart from pairs in attention, BEiT-3 step", partial(_step, options, "beit3", _padded_together, 1.03, why)
         )
     if options.device == "cpu":
         why = "1.8 -> 0.5 ms of random numbers in each of 46 calls"
-        yield Entry("dropout by 16 bits, BLIP step", lambda: _step(options, "blip", _plain_dropout, 1.02, why))
+        yield Entry("dropout by 16 bits, BLIP step", partial(_step, options, "blip", _plain_dropout, 1.02, why))
         why = "oneDNN reorders a weight in every call without: 8 rows read it at 41 GB/s where 24 were reached"
-        yield Entry("packed weights, BLIP nucleus 0.9", lambda: _generation(options, "blip", "packed", 1.15, why))
-        yield Entry("packed weights, CoCa nucleus 0.9", lambda: _generation(options, "coca", "packed", 1.15, why))
+        yield Entry("packed weights, BLIP nucleus 0.9", partial(_generation, options, "blip", "packed", 1.15, why))
+        yield Entry("packed weights, CoCa nucleus 0.9", partial(_generation, options, "coca", "packed", 1.15, why))
         why = "9 of 28 ms of a step are not products: half of them gone"
-        yield Entry("layers bound to their weights, BLIP nucleus 0.9", lambda: _generation(options, "blip", "bound", 1.15, why))
-        yield Entry("layers bound to their weights, CoCa nucleus 0.9", lambda: _generation(options, "coca", "bound", 1.15, why))
+        yield Entry(
+            "layers bound to their weights, BLIP nucleus 0.9", partial(_generation, options, "blip", "bound", 1.15, why)
+        )
+        yield Entry(
+            "layers bound to their weights, CoCa nucleus 0.9", partial(_generation, options, "coca", "bound", 1.15, why)
+        )
         why = "scores in fp32 by batched products, as bf16 has them, whose forward and backward halve"
-        yield Entry("left out: fp32 attention as products, 8 images", lambda: _fp32_attention(options, 1.5, why))
+        yield Entry("left out: fp32 attention as products, 8 images", partial(_fp32_attention, options, 1.5, why))
         if bf16:
             why = "fewer, larger products"
-            yield Entry("left out: bf16 attention with all scores at once, 8 images", lambda: _whole_scores(options, 1.1, why))
+            yield Entry("left out: bf16 attention with all scores at once, 8 images", partial(_whole_scores, options, 1.1, why))
+        why = "one large product for twelve, of the same rows"
+        yield Entry("left out: keys and values of 12 layers in one product", partial(_one_product, options, 1.05, why))
         why = "one pass less over the MLP's hidden rows"
-        yield Entry("GELU inside the product, BLIP image encoder", lambda: _encoder(options, 1.03, why))
+        yield Entry("GELU inside the product, BLIP image encoder", partial(_encoder, options, 1.03, why))
 
 
 def _compared(context: Context, call: Callable[[], object], predicted: float, why: str, name: str, **rest: Any) -> Case:
@@ -241,6 +248,28 @@ def _whole_scores(options: Options, predicted: float, why: str) -> Case:
             return call()
 
     return Case({"vlp_fast": call, "tried": tried}, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
+
+
+def _one_product(options: Options, predicted: float, why: str) -> Case:
+    """Forward and backward of the cross-attentions' key_value layers of a text tower, each layer's output with its own gradient."""
+    torch.manual_seed(options.seed)
+    dtype, (layers, width) = DTYPES[options.dtype], (12, 768)
+    rows = torch.randn(options.batch * 197, width).to(dtype).requires_grad_()
+    weights = [(torch.randn(2 * width, width) * 0.02).to(dtype).requires_grad_() for _ in range(layers)]
+    biases = [torch.zeros(2 * width, dtype=dtype, requires_grad=True) for _ in range(layers)]
+    gradient = torch.randn(len(rows), 2 * width).to(dtype)
+    leaves = [rows, *weights, *biases]
+    joined = [torch.cat(list(map(torch.Tensor.detach, parts))).requires_grad_() for parts in (weights, biases)]  # as if kept so
+
+    def apart() -> object:
+        outs = [linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return torch.autograd.grad(outs, leaves, [gradient] * layers)
+
+    def tried() -> object:
+        outs = linear(rows, *joined).split(2 * width, 1)
+        return torch.autograd.grad(outs, [rows, *joined], [gradient] * layers)
+
+    return Case({"vlp_fast": apart, "tried": tried}, dict, facts={"predicted": predicted}, note=f"predicted: {why}")
 
 
 def _encoder(options: Options, predicted: float, why: str) -> Case:

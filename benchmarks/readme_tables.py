@@ -61,7 +61,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _measured_on(suite: str, *reports: dict[str, Any]) -> str:
-    """The line under a table."""
+    """The line under a suite's table."""
     stamps = [report["stamp"] for report in reports]
     first = stamps[0]
     places = {(s["device_name"], s["threads"], s["torch"]) for s in stamps}
@@ -206,6 +206,17 @@ def _other(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return next(row for provider, row in found.items() if provider != "vlp_fast")
 
 
+def _profile() -> str:
+    """Kinds of operations down, steps across."""
+    report = read("cpu-profile-bf16")
+    rows, stamp = report["rows"], report["stamp"]
+    head = [f"ms, {stamp['dtype']}", *(f"{row['case'].partition(':')[0]}, {row['provider']}" for row in rows)]
+    kinds = [key for key in rows[0] if key not in ("case", "provider")]
+    table = _markdown(head, [[kind, *(_ms(row[kind]) for row in rows)] for kind in kinds])
+    place = f"{stamp['device_name']}, {stamp['threads']} threads, torch {stamp['torch']}, batch {stamp['batch']}"
+    return f"{table}\n\n{place}. Commit {stamp['commit']}, {stamp['date'][:10]}; `benchmarks/profile_steps.py`."
+
+
 def _scaling() -> str:
     report = read("cpu-scaling-fp32")
     lines = [f"* {line['model']}, {line['provider']}, {line['words']}" for line in report["fits"]]
@@ -221,6 +232,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": _scaling,
     "all-steps": lambda: _full("steps", STEPS),
     "memory": _memory,
+    "profile": _profile,
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),
 }

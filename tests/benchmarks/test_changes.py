@@ -18,6 +18,7 @@ def test_every_case_builds_and_undoes_what_it_names(dtype, monkeypatch):
         assert "vlp_fast" in case.calls
         assert case.facts["predicted"] >= 1.0
         assert case.wrong() == {}
+        assert ("random numbers" in case.note) == ("dropout" in entry.name), case.note  # each has its own reason
         for call in case.calls.values():
             call()
     assert torch.nn.Dropout.forward is not bench_changes.Dropout.forward

@@ -135,6 +135,8 @@ class CrossAttendingWriting:
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             cache.start(layer, kv)
+            if segments.max_length == 1:  # a first token reads itself alone
+                return kv[:, 1].expand_as(q)
             return attention(q, kv[:, 0], kv[:, 1], own, backend=backend)
 
         def attend_image(layer: int, q: Tensor) -> Tensor:
