@@ -60,20 +60,25 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _place(*stamps: dict[str, Any]) -> str:
+    """The machine of some reports; raises where there are several."""
+    places = {f"{s['device_name']}, {s['threads']} threads, torch {s['torch']}, batch {s['batch']}" for s in stamps}
+    if len(places) != 1:
+        raise ValueError(f"one table is made of reports from different machines or versions: {sorted(places)}.")
+    return places.pop()
+
+
+def _made(command: str, *stamps: dict[str, Any]) -> str:
+    """Of which commits, on which days, by what."""
+    commits, dates = (", ".join(dict.fromkeys(s[key][:10] for s in stamps)) for key in ("commit", "date"))
+    return f"Commit {commits}, {dates}; `{command}`."
+
+
 def _measured_on(suite: str, *reports: dict[str, Any]) -> str:
     """The line under a suite's table."""
     stamps = [report["stamp"] for report in reports]
-    first = stamps[0]
-    places = {(s["device_name"], s["threads"], s["torch"]) for s in stamps}
-    if len(places) != 1:
-        raise ValueError(f"one table is made of reports from different machines or versions: {sorted(places)}.")
-    commits = ", ".join(dict.fromkeys(s["commit"] for s in stamps))
-    dates = ", ".join(dict.fromkeys(s["date"][:10] for s in stamps))
     products = ", ".join(f"{r['ceilings']['gflops_per_second']:,.0f} GFLOP/s in {r['stamp']['dtype']}" for r in reports)
-    return (
-        f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}, batch {first['batch']}; products of this machine: "
-        f"{products}. Commit {commits}, {dates}; `vlp-fast bench --suite {suite}`."
-    )
+    return f"{_place(*stamps)}; products of this machine: {products}. {_made(f'vlp-fast bench --suite {suite}', *stamps)}"
 
 
 def _cases(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
@@ -138,11 +143,12 @@ def _memory() -> str:
                 rise = f"{row['rise_mb']:,.0f} ({_ratio(row['rise_ratio'])})"
                 rows.append([case if number == 0 else "", report["stamp"]["dtype"], row["provider"], peak, rise])
     table = _markdown(["case", "dtype", "provider", "peak MB (of the rival's)", "of that, not there between steps"], rows)
-    return f"{table}\n\n{_measured_on('memory', *reports)}"
+    stamps = [report["stamp"] for report in reports]
+    return f"{table}\n\n{_place(*stamps)}. {_made('vlp-fast bench --suite memory', *stamps)}"
 
 
 STEPS = ["cpu-steps-fp32", "cpu-steps-bf16"]
-MEMORY = ["cpu-memory-fp32", "cpu-memory-bf16"]
+MEMORY = ["cpu-memory-bf16"]
 GENERATION = ["cpu-generation-fp32", "cpu-generation-bf16"]
 EMBED = ["cpu-embed-bf16"]
 KERNELS = ["cpu-kernels-fp32"]
@@ -213,8 +219,7 @@ def _profile() -> str:
     head = [f"ms, {stamp['dtype']}", *(f"{row['case'].partition(':')[0]}, {row['provider']}" for row in rows)]
     kinds = [key for key in rows[0] if key not in ("case", "provider")]
     table = _markdown(head, [[kind, *(_ms(row[kind]) for row in rows)] for kind in kinds])
-    place = f"{stamp['device_name']}, {stamp['threads']} threads, torch {stamp['torch']}, batch {stamp['batch']}"
-    return f"{table}\n\n{place}. Commit {stamp['commit']}, {stamp['date'][:10]}; `benchmarks/profile_steps.py`."
+    return f"{table}\n\n{_place(stamp)}. {_made('benchmarks/profile_steps.py', stamp)}"
 
 
 def _scaling() -> str:
