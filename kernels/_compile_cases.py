@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from ._compile_case import NVIDIA, CompileCase
@@ -265,15 +266,18 @@ _NORM_TYPES = {
 
 
 def _multiway_norm_cases() -> Iterator[CompileCase]:
-    """The widest row of each configuration, and 768, in the widest dtype."""
+    """The widest row of each configuration, and 768, in the widest dtype; and as autocast has them, with fp32 weights: rows of either dtype
+    in, bf16 out."""
     types = {**dict.fromkeys(("x", "weight", "bias", "out", "dout", "dx", "dweight", "dbias"), "*fp32"), **_NORM_TYPES}
     kernels = {"forward": _multiway_layer_norm_kernel, "backward": _multiway_layer_norm_backward_kernel}
+    narrow = {**types, **dict.fromkeys(("out", "dout"), "*bf16")}
+    dtypes = {"fp32": types, "fp32 to bf16": narrow, "bf16": {**narrow, **dict.fromkeys(("x", "dx"), "*bf16")}}
     for widest, config in MULTIWAY_NORM_ROWS:
         for dim in (768, widest) if widest == 1024 else (widest,):
-            for kind, kernel in kernels.items():
+            for (kind, kernel), (dtype, signature) in itertools.product(kernels.items(), dtypes.items()):
                 launch = f"w{config.num_warps} s1"
                 yield CompileCase(
-                    "multiway_layer_norm", kind, "fp32", f"dim {dim}", launch, "plain", kernel, types, {"DIM": dim}, config.options,
+                    "multiway_layer_norm", kind, dtype, f"dim {dim}", launch, "plain", kernel, signature, {"DIM": dim}, config.options,
                     matrix=False,
                 )  # fmt: skip
     blocks = {"BLOCK_M": NORM_REDUCE_ROWS, "BLOCK_N": NORM_REDUCE_COLUMNS}

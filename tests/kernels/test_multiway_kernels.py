@@ -121,6 +121,26 @@ def test_multiway_layer_norm_kernels_over_several_programs(dim, dtype, monkeypat
     check(("out", "dx", "dweight", "dbias"), (out, *grads), expected, dtype)
 
 
+@pytest.mark.parametrize(
+    ("rows_dtype", "out_dtype"),
+    [(torch.float32, torch.float16), (torch.float16, torch.float16), (torch.float16, torch.float32)],
+)
+def test_multiway_layer_norm_kernels_round_once_to_another_dtype(rows_dtype, out_dtype):
+    """As under autocast: fp32 weights, rows of either dtype, out and its gradient in the dtype asked for."""
+    offsets, dim = [0, 3, 3, 19], 70
+    x, dout = random(19, dim, dtype=rows_dtype), random(19, dim, dtype=out_dtype, seed=1)
+    weight, bias = random(3, dim, seed=2), random(3, dim, seed=3)
+    out, mean, rstd = multiway_layer_norm.multiway_layer_norm(x, weight, bias, offsets, 1e-3, out_dtype)
+    assert (out.dtype, mean.dtype) == (out_dtype, torch.float32)
+    dx, dweight, dbias = multiway_layer_norm.multiway_layer_norm_backward(dout, x, mean, rstd, weight, offsets)
+    leaves = [t.cpu().double().requires_grad_() for t in (x, weight, bias)]
+    exact = reference.multiway_layer_norm(*leaves, offsets, 1e-3)
+    expected = torch.autograd.grad(exact, leaves, dout.cpu().double())
+    check(("out",), (out,), (exact,), out_dtype)
+    check(("dx",), (dx,), expected[:1], rows_dtype)
+    check(("dweight", "dbias"), (dweight, dbias), expected[1:], torch.float32)
+
+
 def test_multiway_layer_norm_kernels_add_many_partial_sums_the_same_way_twice(monkeypatch):
     monkeypatch.setattr(multiway_layer_norm, "multiway_norm_config", lambda dim: NormConfig(4, programs=1000))
     x, dout = random(100, 40), random(100, 40, seed=1)

@@ -55,11 +55,11 @@ class BoundAttention:
             keys, self._values = (t[:, : self._length] for t in self._all)
             self._keys = keys.transpose(1, 2)
         split = q.view(self._shape).permute(2, 0, 1, 3, 4)  # heads_k, groups, rows, heads that share a key head, head_dim
-        folded = torch.empty(split.shape, dtype=self._zero.dtype).copy_(split)
+        folded = self._zero.new_empty(split.shape).copy_(split)
         queries = folded.view(self._keys.shape[0], -1, self._shape[4])
         scores = torch.baddbmm(self._zero, queries, self._keys, beta=0, alpha=self._scale)
         out = torch.bmm(torch.softmax(scores, -1), self._values).view(split.shape).permute(1, 2, 0, 3, 4)
-        return torch.empty(out.shape, dtype=q.dtype).copy_(out).view(q.shape)
+        return q.new_empty(out.shape).copy_(out).view(q.shape)
 
 
 def lse_like(q: Tensor, need_lse: bool) -> Tensor:
