@@ -20,7 +20,8 @@ from vlp_fast import AttentionPlan, reference
 from vlp_fast.benchmarks.gpu_providers import Provider, RowLayout
 from vlp_fast.benchmarks.registry import DTYPES, Entry, NotHere, Options, own_backends
 from vlp_fast.benchmarks.side_by_side import Operation, entries, smaller
-from vlp_fast.models.beit3 import Beit3Layer, beit3_preset
+from vlp_fast.models.beit3 import beit3_preset
+from vlp_fast.models.beit3_encoder import Beit3Layer
 from vlp_fast.ops import attention, multiway_linear
 from vlp_fast.training import caption_lengths
 

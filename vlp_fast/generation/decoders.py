@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.decode_plan import DecodePlan
 from vlp_fast.generation.cache import TextCache, cached_dtype
-from vlp_fast.models.beit3 import Beit3Layer, Beit3MaskedModel
+from vlp_fast.models.beit3 import Beit3MaskedModel
+from vlp_fast.models.beit3_encoder import Beit3Layer
 from vlp_fast.models.beit3_tasks import Beit3Captioner
 from vlp_fast.models.blip import Blip, BlipCaptioner, ImageRows
 from vlp_fast.models.blip_tasks import BlipVqa
