@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlp_fast.benchmarks import bench_steps
+from vlp_fast.benchmarks import bench_steps, compared_steps, step_rivals
 from vlp_fast.benchmarks.registry import DTYPES, Case, Entry, NotHere, Options
 from vlp_fast.benchmarks.script import run_as_script
 from vlp_fast.generation import generate
@@ -101,19 +101,16 @@ def _compared(context: Context, call: Callable[[], object], predicted: float, wh
     return Case(calls, dict, facts={"predicted": predicted}, note=f"predicted: {why}", **rest)
 
 
-def _built(options: Options, model: str) -> bench_steps.Steps:
+def _built(options: Options, model: str) -> compared_steps.Steps:
     torch.manual_seed(options.seed)
-    shape = bench_steps.SHAPES[options.size]
-    missing = patch.multiple(bench_steps, _open_clip=_not_wanted, _Torchscale=_not_wanted)
+    missing = patch.multiple(step_rivals, open_clip_coca=_not_wanted, Torchscale=_not_wanted)
     with missing:
-        steps = {"blip": bench_steps._blip, "coca": bench_steps._coca, "beit3": bench_steps._beit3}[model](
-            replace(options, blip_source=None), shape
-        )
+        steps = compared_steps.build(replace(options, blip_source=None), model)
     steps.own.train()
     return steps
 
 
-def _not_wanted(*args: object) -> None:
+def _not_wanted(*args: object, **options: object) -> None:
     raise ImportError("no rival is wanted")
 
 
@@ -187,7 +184,7 @@ def _plain_dropout() -> AbstractContextManager[Any]:
 def _generation(options: Options, model: str, change: str, predicted: float, why: str) -> Case:
     """change: "packed" or "bound"; without the second, weights are packed in both."""
     torch.manual_seed(options.seed)
-    shape = bench_steps.SHAPES[options.size]
+    shape = compared_steps.SHAPES[options.size]
     width, depth, heads = shape["width"], shape["depth"], shape["heads"]
     images = torch.randn(options.batch, 3, 224, 224).to(DTYPES[options.dtype])
     if model == "blip":

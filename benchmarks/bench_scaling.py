@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vlp_fast.benchmarks.registry import DTYPES, OURS, Case, Entry, Options
 from vlp_fast.benchmarks.script import run_as_script
+from vlp_fast.benchmarks.step_rivals import open_clip_coca
 from vlp_fast.data.batches import Batch
 from vlp_fast.models import blip_preset
 from vlp_fast.models.coca_open_clip import OpenClipCocaConfig
@@ -239,27 +240,13 @@ class _OpenClipCoca(nn.Module):
 
     def __init__(self, point: Point) -> None:
         super().__init__()
-        self.library = torchvision_names()  # its names go with it
-        from open_clip.coca_model import CoCa
+        self.model = open_clip_coca(
+            image_size=point.image_size, width=point.width, depth=point.depth, head_dim=point.head_dim,
+            pooler_queries=point.pooler_queries, pooler_heads=point.width // point.head_dim, vocab_size=point.vocab_size,
+            length=point.length,
+        )  # fmt: skip
         from open_clip.loss import ClipLoss, CoCaLoss
 
-        heads = point.width // point.head_dim
-        text = {
-            "context_length": point.length, "vocab_size": point.vocab_size, "width": point.width, "heads": heads,
-            "layers": point.depth,
-        }  # fmt: skip
-        vision = {
-            "image_size": point.image_size, "layers": point.depth, "width": point.width, "head_width": point.head_dim,
-            "patch_size": PATCH, "attentional_pool": True, "attn_pooler_queries": point.pooler_queries,
-            "attn_pooler_heads": heads, "output_tokens": True,
-        }  # fmt: skip
-        self.model = CoCa(
-            embed_dim=point.width,
-            vision_cfg=vision,
-            text_cfg={**text, "embed_cls": True, "output_tokens": True},
-            multimodal_cfg={**text, "attn_pooler_heads": heads},
-        )
-        nn.init.normal_(self.model.text_decoder.text_projection, std=0.02)  # open_clip leaves it uninitialised
         both = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
         self.objectives, self.losses = (both, ClipLoss()), point.losses
 

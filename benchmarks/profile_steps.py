@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from vlp_fast.benchmarks import bench_steps
+from vlp_fast.benchmarks import bench_steps, compared_steps
 from vlp_fast.benchmarks.registry import Options
 from vlp_fast.environment import stamp
 from vlp_fast.measuring import prepare_process
@@ -64,7 +64,7 @@ def main() -> int:
     """Profiles the models that are wanted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--size", choices=tuple(bench_steps.SHAPES), default="base")
+    parser.add_argument("--size", choices=tuple(compared_steps.SHAPES), default="base")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--models", nargs="+", choices=tuple(bench_steps.TITLES), default=tuple(bench_steps.TITLES))
     parser.add_argument("--blip-source", type=Path, help="a clone of github.com/salesforce/BLIP")

@@ -29,6 +29,11 @@ def bench_steps():
     return importlib.import_module("vlp_fast.benchmarks.bench_steps")
 
 
+@pytest.fixture
+def compared_steps():
+    return importlib.import_module("vlp_fast.benchmarks.compared_steps")
+
+
 def test_steps_equal_the_rivals_and_are_timed(run):
     pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
     pytest.importorskip("torchscale.model.BEiT3", reason="torchscale or fairscale is not installed", exc_type=ImportError)
@@ -55,14 +60,14 @@ def test_steps_equal_the_rivals_and_are_timed(run):
     ]
 
 
-def test_a_step_that_disagrees_is_not_timed(run, bench_steps, monkeypatch):
+def test_a_step_that_disagrees_is_not_timed(run, compared_steps, monkeypatch):
     pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
-    step = bench_steps.Steps.own_step
+    step = compared_steps.Steps.own_step
 
     def wrong(self, provider):
         return {name: loss * (1.01 if provider == "published" else 1.0) for name, loss in step(self, provider).items()}
 
-    monkeypatch.setattr(bench_steps.Steps, "own_step", wrong)
+    monkeypatch.setattr(compared_steps.Steps, "own_step", wrong)
     code, report, out = run("coca")
     assert code == 1
     assert [row["provider"] for row in report["rows"]] == ["open_clip", OWN[0], "vlp_fast packed, 2 captions an image"]
@@ -84,14 +89,14 @@ def test_without_the_rival_the_schedules_are_compared(run):
 
 
 @pytest.mark.parametrize("model", ["coca", "beit3"])
-def test_models_without_a_rival_that_cannot_be_imported(bench_steps, monkeypatch, model):
+def test_models_without_a_rival_that_cannot_be_imported(bench_steps, compared_steps, monkeypatch, model):
     from vlp_fast.benchmarks.registry import Options
 
-    def missing(*args):
+    def missing(*args, **options):
         raise ImportError("not installed")
 
-    monkeypatch.setattr(bench_steps, "_open_clip", missing)
-    monkeypatch.setattr(bench_steps, "_Torchscale", missing)
+    monkeypatch.setattr(compared_steps.step_rivals, "open_clip_coca", missing)
+    monkeypatch.setattr(compared_steps.step_rivals, "Torchscale", missing)
     case = bench_steps._case(Options(size="tiny", batch=2), model)
     assert list(case.calls)[:2] == OWN
     assert case.absent == {bench_steps.RIVALS[model]: "not installed", **NO_GRAPH}
@@ -110,7 +115,7 @@ def test_memory_of_a_provider_in_a_process_of_its_own(run):
 
 
 @pytest.fixture
-def without_graph(bench_steps, monkeypatch):
+def without_graph(compared_steps, monkeypatch):
     """A step without a CUDA graph, its losses times `factor`, where suite "steps" captures one; returns what was asked to be captured."""
     asked = []
 
@@ -126,18 +131,18 @@ def without_graph(bench_steps, monkeypatch):
             self.objective.total(losses).backward()
             return {name: self.factor * loss.detach() for name, loss in losses.items()}
 
-    monkeypatch.setattr(bench_steps, "GraphedStep", Step)
+    monkeypatch.setattr(compared_steps, "GraphedStep", Step)
     return Step, asked
 
 
 @pytest.mark.parametrize("model", ["blip", "coca", "beit3"])
-def test_a_cuda_graph_is_held_against_the_step_and_captured_before_it_is_timed(bench_steps, without_graph, model):
+def test_a_cuda_graph_is_held_against_the_step_and_captured_before_it_is_timed(
+    bench_steps, compared_steps, without_graph, model
+):
     from vlp_fast.benchmarks.registry import Options
 
     options = Options(size="tiny", batch=2, dtype="bf16")
-    steps = {"blip": bench_steps._blip, "coca": bench_steps._coca, "beit3": bench_steps._beit3}[model](
-        options, bench_steps.SHAPES["tiny"]
-    )
+    steps = compared_steps.build(options, model)
     step, asked = without_graph
     call = bench_steps._graphed(steps, options)
     assert bench_steps._wrong_graph(steps, call) == {}
@@ -152,15 +157,15 @@ def test_a_cuda_graph_is_held_against_the_step_and_captured_before_it_is_timed(b
     assert "where " in reason
 
 
-def test_a_cuda_graph_that_cannot_be_captured_is_wrong(bench_steps, monkeypatch):
+def test_a_cuda_graph_that_cannot_be_captured_is_wrong(bench_steps, compared_steps, monkeypatch):
     from vlp_fast.benchmarks.registry import Options
 
     def fail(*args, **options):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(bench_steps, "GraphedStep", fail)
+    monkeypatch.setattr(compared_steps, "GraphedStep", fail)
     options = Options(size="tiny", batch=2)
-    steps = bench_steps._coca(options, bench_steps.SHAPES["tiny"])
+    steps = compared_steps.build(options, "coca")
     assert bench_steps._wrong_graph(steps, bench_steps._graphed(steps, options)) == {
         "packed, CUDA graph": "it cannot be captured: operation not permitted when stream is capturing"
     }
