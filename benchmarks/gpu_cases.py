@@ -9,7 +9,7 @@ Large cases reach beyond 2^31 elements; what they compare is the last rows only,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -292,18 +292,24 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm of expert runs."""
+    """LayerNorm of expert runs. fp32_in: rows and weights in fp32 and out in the case's dtype, as under autocast."""
 
     runs: Lengths
     dim: int
+    fp32_in: bool = False
 
     def __call__(self, make: Maker) -> Problem:
         dim, offsets = min(self.dim, 72) if make.tiny else self.dim, _offsets(_few(self.runs, make.tiny))
-        experts = len(offsets) - 1
+        experts, inside = len(offsets) - 1, replace(make, dtype=torch.float32) if self.fp32_in else make
+
+        def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            out = reference.multiway_layer_norm(x, w, b, offsets, 1e-5)
+            return out if out.dtype == torch.float64 else out.to(make.dtype)
+
         return Problem(
-            [make.randn(offsets[-1], dim), make.randn(experts, dim), make.randn(experts, dim)],
-            lambda x, w, b: ops.multiway_layer_norm(x, w, b, offsets, 1e-5, backend="triton"),
-            lambda x, w, b: reference.multiway_layer_norm(x, w, b, offsets, 1e-5),
+            [inside.randn(offsets[-1], dim), inside.randn(experts, dim), inside.randn(experts, dim)],
+            lambda x, w, b: ops.multiway_layer_norm(x, w, b, offsets, 1e-5, out_dtype=make.dtype, backend="triton"),
+            plain,
             ("out", "dx", "dweight", "dbias"),
         )
 
@@ -350,6 +356,8 @@ def _multiway_cases() -> Iterator[Case]:
     }
     for name, build in table.items():
         yield Case("multiway", name, build)
+    rounded = Norm(BEIT3, 768, fp32_in=True)
+    yield Case("multiway", "LayerNorm 768, fp32 in", rounded, ("bf16", "fp16"), tiny_dtypes=("bf16", "fp16"))
     yield Case("multiway", "linear, 2^31 elements, last rows", _far_linear, ("bf16",), 30)
     yield Case("multiway", "LayerNorm, 2^31 elements, last rows", _far_norm, ("bf16",), 30)
 

@@ -93,6 +93,16 @@ def test_gpu_check_needs_a_gpu_or_the_interpreter(gpu_check):
     assert "the kernels cannot run here" in process.stderr
 
 
+def test_gpu_check_checks_norms_that_round_to_another_dtype(gpu_check, device):
+    (case,) = [case for case in gpu_check.cases() if case.name == "LayerNorm 768, fp32 in"]
+    for name in case.tiny_dtypes:
+        dtype = gpu_check.DTYPES[name]
+        rounding = case.build(gpu_check.Maker(device, dtype, True, torch.Generator(device).manual_seed(0)))
+        assert {x.dtype for x in rounding.inputs} == {torch.float32}
+        assert rounding.ours(*rounding.inputs).dtype == dtype
+        gpu_check.check(rounding, 2)
+
+
 def problem(gpu_check, ours):
     return gpu_check.Problem([torch.randn(5, 4)], ours, lambda x: x * 2, ("out", "dx"))
 
