@@ -1,7 +1,7 @@
 """Writing and ranking captions and answers with BLIP, CoCa and BEiT-3: greedy, beams, sampling; each image is encoded once."""
 
+from vlp_fast.generation.beit3_decoder import Beit3Decoder
 from vlp_fast.generation.decoders import (
-    Beit3Decoder,
     BlipAnswerDecoder,
     BlipDecoder,
     CocaDecoder,

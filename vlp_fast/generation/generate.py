@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlp_fast.generation.beit3_decoder import Beit3Decoder
 from vlp_fast.generation.decoders import (
-    Beit3Decoder,
     BlipAnswerDecoder,
     BlipDecoder,
     CocaDecoder,
