@@ -46,6 +46,29 @@ def test_linear_under_autocast_is_pytorchs(library):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("shape", [(64, 48), (2, 30, 48), (0, 48), (48,)], ids=str)
+def test_linear_of_bf16_on_a_processor_without_it_is_as_accurate(shape, autocast, monkeypatch):
+    monkeypatch.setattr(_products, "supports_bf16", lambda: False)
+    inputs = [torch.randn(size).bfloat16() for size in (shape, (40, 48), (40,))]
+    given = [t.float() if autocast else t for t in inputs]
+
+    def run(function, inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and function is not exactly):
+            out = function(*inputs)
+        out.backward(torch.ones_like(out).cumsum(-1) / 40)
+        return [out, *(t.grad for t in inputs)]
+
+    def exactly(*inputs):
+        return F.linear(*inputs)
+
+    exact = run(exactly, [t.double() for t in inputs])
+    for found, theirs, expected in zip(run(linear, given), run(F.linear, given), exact, strict=True):
+        assert found.dtype == theirs.dtype
+        assert_as_accurate_as(found, theirs, expected)
+
+
 @pytest.mark.parametrize("dims", [((4, 8), (5, 7), None), ((4, 8), (5, 8), (4,)), ((4, 8), (8,), None)], ids=str)
 def test_linear_refuses_what_pytorch_refuses(dims, library):
     x, weight, bias = (None if d is None else torch.zeros(d) for d in dims)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlp_fast.ops import _products
-from vlp_fast.ops._products import fp32_products, mm, onednn_is_faster
+from vlp_fast.ops._products import fp32_products, mm, onednn_is_faster, onednn_is_faster_for_few_rows
 from vlp_fast.testing import assert_as_accurate_as
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
@@ -104,17 +104,61 @@ def test_mm_uses_onednn_where_it_is_chosen_and_large(monkeypatch):
     assert len(called) == 1
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """Puts us on a processor."""
+
+    def become(intel, instructions):
+        monkeypatch.setattr(_products, "_made_by_intel", lambda: intel)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+        for library in ("mkl", "mkldnn"):
+            monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: True)
+        _products._may_choose.cache_clear()
+
+    yield become
+    _products._may_choose.cache_clear()
+
+
 @pytest.mark.parametrize(
-    ("intel", "instructions", "chosen"), [(False, "AVX512", True), (True, "AVX512", False), (False, "AVX2", False)]
+    ("intel", "instructions", "all_rows", "few_rows", "named"),
+    [
+        (False, "AVX512", True, False, "oneDNN"),
+        (True, "AVX512", False, False, "PyTorch's own choice"),
+        (False, "AVX2", False, True, "oneDNN for few rows, else MKL"),
+        (True, "AVX2", False, False, "PyTorch's own choice"),
+        (False, "DEFAULT", False, False, "PyTorch's own choice"),
+    ],
 )
-def test_onednn_is_chosen_for_avx512_of_other_makers(intel, instructions, chosen, monkeypatch):
-    monkeypatch.setattr(_products, "_made_by_intel", lambda: intel)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-    for library in ("mkl", "mkldnn"):
-        monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: True)
-    onednn_is_faster.cache_clear()
-    try:
-        assert onednn_is_faster() is chosen
-        assert (fp32_products()[0] == "oneDNN") is chosen
-    finally:
-        onednn_is_faster.cache_clear()
+def test_onednn_is_chosen_on_processors_of_other_makers(intel, instructions, all_rows, few_rows, named, processor):
+    processor(intel, instructions)
+    assert (onednn_is_faster(), onednn_is_faster_for_few_rows(), fp32_products()[0]) == (all_rows, few_rows, named)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("rows", "out", "chosen"), [(8, 768, True), (17, 768, False), (256, 2048, True), (257, 2048, False)])
+def test_few_rows_go_to_onednn_on_avx2(rows, out, chosen, processor, monkeypatch):
+    called = []
+    monkeypatch.setattr(_products, "_onednn", lambda a, b, bias: called.append(a.shape) or a @ b)
+    processor(False, "AVX2")
+    x, weight = torch.randn(rows, 768), torch.randn(out, 768)
+    mm(x, weight.t())
+    assert bool(called) is chosen
+    mm(x, torch.randn(768, out))  # not a weight as a linear layer has it
+    assert len(called) == chosen
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice of columns", "every second"])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_products_of_bf16_are_made_in_fp32_where_the_processor_has_none(has_residual, layout, monkeypatch):
+    monkeypatch.setattr(_products, "supports_bf16", lambda: False)
+    a, b, bias, residual = (
+        x.bfloat16() for x in (layouts(60, 40)[layout], torch.randn(50, 40).t(), torch.randn(50), torch.randn(60, 50))
+    )
+    wide = mm(a.float(), b.float(), bias.float()) + (residual.float() if has_residual else 0.0)
+    found = mm(a, b, bias, residual=residual if has_residual else None)
+    assert torch.equal(found, wide.bfloat16())  # rounded once
+    out = torch.empty(60, 100, dtype=torch.bfloat16)[:, ::2]
+    assert mm(a, b, bias, residual=residual if has_residual else None, out=out) is out
+    assert torch.equal(out, found)
+    monkeypatch.setattr(_products, "INTENSE", 2**40)  # too few multiply-adds to widen for
+    assert torch.equal(mm(a, b), a @ b)

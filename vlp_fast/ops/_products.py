@@ -1,7 +1,9 @@
 """Matrix products of the torch backend, in one place because PyTorch has two ways for fp32 on a CPU and takes the slower on many.
 
 PyTorch gives fp32 products to MKL, which on processors of other makers than Intel keeps to AVX2. oneDNN, which PyTorch brings along for
-its 16-bit products, uses AVX-512 on all that have it, and is twice as fast there (benchmarks/bench_products.py).
+its 16-bit products, uses AVX-512 on all that have it, and is twice as fast there; where there is none it is faster with few rows
+(benchmarks/bench_products.py). Products of bf16 on a processor without instructions for them are loops of PyTorch's, at a tenth of the
+rate of fp32: there the operands are widened, and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlp_fast.ops.packing import any_packed, find_packed
+from vlp_fast.ops.packing import any_packed, find_packed, supports_bf16
 
 __all__ = [
     "bound_product",
@@ -26,17 +28,34 @@ __all__ = [
     "linear_gelu",
     "mm",
     "onednn_is_faster",
+    "onednn_is_faster_for_few_rows",
+    "widens",
 ]
 
 # multiply-adds below which oneDNN's greater cost per call (10 us) outweighs what it saves
 LEAST = 2**21
+# rows up to which oneDNN is the faster on AVX2: with any weight, and with one of so many numbers
+FEW, FEW_OF_LARGE, LARGE = 16, 256, 2**20
+# multiply-adds for each number read or written from which products are faster in fp32, widening included, than PyTorch's loops
+INTENSE = 12
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def onednn_is_faster() -> bool:
     """Whether fp32 products on this CPU go to oneDNN: AVX-512 on a processor for which MKL does not use it."""
+    return _may_choose("AVX512")
+
+
+@torch.compiler.assume_constant_result
+def onednn_is_faster_for_few_rows() -> bool:
+    """Whether fp32 products of few rows with a weight go to oneDNN: AVX2 without AVX-512, on a processor that is not MKL's own."""
+    return _may_choose("AVX2")
+
+
+@lru_cache(maxsize=2)
+def _may_choose(instructions: str) -> bool:
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _made_by_intel()
+    return has_both and torch.backends.cpu.get_cpu_capability() == instructions and not _made_by_intel()
 
 
 def _made_by_intel() -> bool:
@@ -51,6 +70,8 @@ def fp32_products() -> tuple[str, str]:
     """The library of fp32 products on this CPU, and why: for ``vlp-fast info``."""
     if onednn_is_faster():
         return "oneDNN", "MKL would use AVX2 only on this processor"
+    if onednn_is_faster_for_few_rows():
+        return "oneDNN for few rows, else MKL", "oneDNN reads a weight faster here, MKL multiplies many rows faster"
     return "PyTorch's own choice", "MKL uses all of this processor, or this PyTorch lacks MKL or oneDNN"
 
 
@@ -64,7 +85,11 @@ def mm(
             it is used inside of operations.
     """
     packed = find_packed(b) if any_packed() else None
-    if packed is not None or is_for_onednn(a, a.numel() * b.shape[1]):
+    if packed is None and widens(a) and a.numel() * b.shape[1] >= INTENSE * (a.numel() + b.numel() + a.shape[0] * b.shape[1]):
+        result = mm(a.float(), b.float(), None if bias is None else bias.float())
+        result = result if residual is None else result.add_(residual)
+        return result.to(a.dtype) if out is None else out.copy_(result)
+    if packed is not None or is_for_onednn(a, b.shape[1], with_weight=_by_rows(b.t())):
         result = _onednn(a, b, bias) if packed is None else _linear(a, packed, bias)
         if residual is not None:
             return torch.add(result, residual, out=result if out is None else out)
@@ -92,8 +117,10 @@ def bound_product(weight: Tensor, bias: Tensor | None, activation: str) -> Calla
         if not (is_bf16_for_onednn(weight) and weight.is_contiguous()):
             return None
         packed = weight
-    product, bias = _linear_pointwise(), None if bias is None else bias.contiguous()
-    form = "none" if activation == "gelu" else ""
+    product, bias = _linear_pointwise(), None if bias is None else bias.to(packed.dtype).contiguous()
+    form, narrow, wide = "none" if activation == "gelu" else "", weight.dtype, packed.dtype
+    if wide != narrow:
+        return lambda x: product(x.to(wide).contiguous(), packed, bias, activation, [], form).to(narrow)
     return lambda x: product(x.contiguous(), packed, bias, activation, [], form)
 
 
@@ -105,7 +132,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fuses_gelu(x: Tensor, width: int) -> bool:
     """Whether `linear_gelu` is for rows like x: where the product is oneDNN's in any case; PyTorch gives it bf16 by itself."""
-    return is_bf16_for_onednn(x) or (x.numel() > 0 and is_for_onednn(x, x.numel() * width))
+    return is_bf16_for_onednn(x) or is_for_onednn(x, width)
 
 
 def is_bf16_for_onednn(x: Tensor) -> bool:
@@ -114,25 +141,28 @@ def is_bf16_for_onednn(x: Tensor) -> bool:
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.numel() > 0
-        and _supports_bf16()
+        and supports_bf16()
         and bool(torch.backends.mkldnn.enabled)
     )
 
 
-@lru_cache(maxsize=1)
-def _supports_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def widens(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether products of operands like x (in `dtype`, where autocast will cast them) are of bf16 on a CPU without such products."""
+    return (x.dtype if dtype is None else dtype) == torch.bfloat16 and x.device.type == "cpu" and not supports_bf16()
 
 
-def is_for_onednn(x: Tensor, multiply_adds: int) -> bool:
-    """Whether a product of operands like x goes to oneDNN."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and multiply_adds >= LEAST
-        and onednn_is_faster()
-        and bool(torch.backends.mkldnn.enabled)
-    )
+def is_for_onednn(x: Tensor, width: int, *, with_weight: bool = True) -> bool:
+    """Whether a product of x ``[..., k]`` with ``[k, width]`` goes to oneDNN.
+
+    with_weight: whether that is the transpose of a weight whose rows are dense.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() * width < LEAST or not torch.backends.mkldnn.enabled:
+        return False
+    if onednn_is_faster():
+        return True
+    rows, numbers = x.numel() // x.shape[-1], x.shape[-1] * width
+    few = rows <= FEW or (rows <= FEW_OF_LARGE and numbers >= LARGE)
+    return few and with_weight and onednn_is_faster_for_few_rows()
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,6 +178,9 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", form: str = "") -> Tensor:
     if not (weight.is_mkldnn or _by_rows(weight) or _by_rows(weight.t())):
         weight = weight.contiguous()
+    if weight.dtype != x.dtype:  # a packed weight that was widened
+        wide = _linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype), activation, form)
+        return wide.to(x.dtype)
     bias = None if bias is None else bias.contiguous()
     return _linear_pointwise()(x if _by_rows(x) else x.contiguous(), weight, bias, activation, [], form)
 

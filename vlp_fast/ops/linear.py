@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlp_fast.ops import _products
+from vlp_fast.ops._autocast import autocast_dtype, autocast_to_compute
 from vlp_fast.ops._direct import runs_directly
-from vlp_fast.ops._products import bound_product, is_bf16_for_onednn, is_for_onednn, linear_bf16, mm
+from vlp_fast.ops._products import bound_product, is_bf16_for_onednn, is_for_onednn, linear_bf16, mm, widens
 from vlp_fast.ops.multiway import multiway_linear
 from vlp_fast.ops.packing import any_packed
 
@@ -22,8 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``.
 
     Equivalent to: ``torch.nn.functional.linear``, which it calls but for weights that `packed_weights` holds, for bf16 on a CPU where no
-    gradient is recorded, and for fp32 on a CPU whose products are faster through oneDNN (`vlp-fast info` says which); there it is
-    `multiway_linear` with one expert, which has no second derivative.
+    gradient is recorded, for fp32 on a CPU whose products are faster through oneDNN (`vlp-fast info` says which), and for bf16 on a CPU
+    without products of it, which are made in fp32 and rounded; there it is `multiway_linear` with one expert, which has no second
+    derivative.
 
     Args:
         x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None.
@@ -31,6 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns: ``[..., out]``.
     Raises: what ``torch.nn.functional.linear`` raises.
     """
+    if x.device.type == "cpu" and widens(x, autocast_dtype("cpu")):
+        x, weight, bias = autocast_to_compute(x, weight, bias)  # type: ignore[assignment]
     if _fits(x, weight, bias):
         if (
             bias is not None
@@ -41,11 +45,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ):
             return linear_bf16(x, weight, bias)
         rows, shape = x.numel() // weight.shape[1], (*x.shape[:-1], weight.shape[0])
-        for_onednn = is_for_onednn(x, x.numel() * weight.shape[0])
+        ours = is_for_onednn(x, weight.shape[0]) or widens(x)
         # where some weights are packed, mm sees whether this one is
-        if (for_onednn or any_packed()) and runs_directly("torch", x, weight, bias):
+        if (ours or any_packed()) and runs_directly("torch", x, weight, bias):
             return mm(x.reshape(rows, weight.shape[1]), weight.t(), bias).view(shape)
-        if for_onednn:
+        if ours:
             biases = None if bias is None else bias[None]
             flat = x.reshape(rows, weight.shape[1])
             return multiway_linear(flat, weight[None], biases, (0, rows), backend="torch").view(shape)
@@ -75,7 +79,9 @@ def bind_linear(weight: Tensor, bias: Tensor | None = None, *, gelu: bool = Fals
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether this is a plain product on the CPU; where it is not, F.linear does it or says what is wrong."""
-    if x.device.type != "cpu" or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu") and not widens(x):
         return False
     fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and weight.shape[1] > 0
     return fits and x.dtype == weight.dtype and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import TracebackType
 
 import torch
@@ -26,7 +27,8 @@ class packed_weights:
     Args:
         model: its parameters on the CPU, fp32 or bf16.
 
-    Memory: the weights a second time. Blocks of several objects may be nested; other threads see them too.
+    Memory: the weights a second time, in fp32 where the CPU has no products of bf16. Blocks of several objects may be nested; other
+    threads see them too.
     Raises: ValueError: parameters elsewhere or of another dtype. RuntimeError: a PyTorch without oneDNN.
     """
 
@@ -64,8 +66,20 @@ class _Entry:
     def copy(self) -> Tensor:
         version = 0 if self.weight.is_inference() else self.weight._version
         if self.version != version:
-            self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(self.weight, None), version
+            weight = self.weight if self.weight.dtype == torch.float32 or supports_bf16() else self.weight.float()
+            self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(weight, None), version
         return self.packed
+
+
+@torch.compiler.assume_constant_result
+def supports_bf16() -> bool:
+    """Whether this CPU has products of bf16 that oneDNN uses."""
+    return _supports_bf16()
+
+
+@lru_cache(maxsize=1)
+def _supports_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 _PACKED: dict[int, _Entry] = {}  # by the address of the weight
