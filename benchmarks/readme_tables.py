@@ -62,7 +62,10 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def _place(*stamps: dict[str, Any]) -> str:
     """The machine of some reports; raises where there are several."""
-    places = {f"{s['device_name']}, {s['threads']} threads, torch {s['torch']}, batch {s['batch']}" for s in stamps}
+    places = {
+        f"{s['device_name']} ({s['instructions']}), {s['threads']} threads, torch {s['torch']}, batch {s['batch']}"
+        for s in stamps
+    }
     if len(places) != 1:
         raise ValueError(f"one table is made of reports from different machines or versions: {sorted(places)}.")
     return places.pop()
@@ -133,9 +136,9 @@ def _full(suite: str, names: list[str]) -> str:
     return f"{table}\n\n{_measured_on(suite, *reports)}"
 
 
-def _memory() -> str:
+def _memory(names: list[str]) -> str:
     """A row for each provider: the peak, and how far it rises above what is there between calls."""
-    reports, rows = [read(name) for name in MEMORY], []
+    reports, rows = [read(name) for name in names], []
     for report in reports:
         for case, found in _cases(report):
             for number, row in enumerate(found.values()):
@@ -153,6 +156,8 @@ GENERATION = ["cpu-generation-fp32", "cpu-generation-bf16"]
 EMBED = ["cpu-embed-bf16"]
 KERNELS = ["cpu-kernels-fp32"]
 CHANGES = ["cpu-changes-bf16"]
+# of an older processor, without AVX-512 and bf16
+AVX2_STEPS, AVX2_MEMORY, AVX2_GENERATION = ["cpu-avx2-steps-fp32"], ["cpu-avx2-memory-fp32"], ["cpu-avx2-generation-fp32"]
 
 
 def _steps() -> str:
@@ -236,7 +241,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "changes": _changes,
     "scaling": _scaling,
     "all-steps": lambda: _full("steps", STEPS),
-    "memory": _memory,
+    "memory": lambda: _memory(MEMORY),
+    "avx-two-steps": lambda: _full("steps", AVX2_STEPS),
+    "avx-two-memory": lambda: _memory(AVX2_MEMORY),
+    "avx-two-generation": lambda: _full("generate", AVX2_GENERATION),
     "profile": _profile,
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),

@@ -25,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "multiway_layer_norm",
     "multiway_linear",
+    "multiway_mlp",
     "sigmoid_contrastive_loss",
 ]
 
@@ -168,6 +169,25 @@ def multiway_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, expert_offsets:
     for e, (a, b) in enumerate(zip(expert_offsets[:-1], expert_offsets[1:], strict=True)):
         parts.append(normal[a:b] * weight[e] + bias[e])
     return torch.cat(parts)
+
+
+def multiway_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    expert_offsets: tuple[int, ...],
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`multiway_linear` with GELU, `multiway_layer_norm` if there is one, and `multiway_linear` with the residual."""
+    hidden = multiway_linear(x, weight1, bias1, expert_offsets, activation="gelu")
+    if norm is not None:
+        hidden = multiway_layer_norm(hidden, *norm, expert_offsets, eps)
+    return multiway_linear(hidden, weight2, bias2, expert_offsets, residual=residual)
 
 
 def attention_pool(x: Tensor, queries: Tensor, segments: Segments, *, eps: float | None = None) -> Tensor:

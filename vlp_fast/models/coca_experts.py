@@ -30,6 +30,7 @@ from vlp_fast.modules import (
     SelfAttention,
     init_transformer,
 )
+from vlp_fast.modules.multiway import multiway_mlp_of
 from vlp_fast.passes import PassInfo
 from vlp_fast.segments import Segments
 
@@ -56,7 +57,7 @@ class CocaExpertLayer(nn.Module):
 
     def feed_forward(self, x: Tensor, expert_offsets: Sequence[int]) -> Tensor:
         """The layer's second half: each row with the weights of its modality."""
-        return self.fc2(self.fc1(self.ffn_norm(x, expert_offsets), expert_offsets), expert_offsets, x)
+        return multiway_mlp_of(self.fc1, self.fc2, self.ffn_norm(x, expert_offsets), expert_offsets, x)
 
 
 class CocaExpertEncoder(CocaWords):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.models._config import check_positive
 from vlp_fast.modules import DropPath, Linear, MultiwayLayerNorm, MultiwayLinear
+from vlp_fast.modules.multiway import multiway_mlp_of
 from vlp_fast.modules.relative_bias import biased_attention, pair_buckets, relative_buckets
 from vlp_fast.ops import attention, linear
 from vlp_fast.passes import Parts, PassInfo, leading_rows
@@ -148,7 +149,7 @@ class VlmoLayer(nn.Module):
             x, offsets = x[read.rows], read.offsets
             samples, parts = (None if t is None else t[read.rows] for t in (samples, parts))
         x = x + self.drop_path(branch, samples, stage.drops)
-        branch = _scaled(self.fc2(self.fc1(self.ffn_norm(x, offsets), offsets), offsets), self.ffn_scale)
+        branch = _scaled(multiway_mlp_of(self.fc1, self.fc2, self.ffn_norm(x, offsets), offsets), self.ffn_scale)
         return x + self.drop_path(branch, parts, stage.drops)
 
 

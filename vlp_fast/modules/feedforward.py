@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlp_fast.modules.linear import Linear, gelu_of
+from vlp_fast.modules.linear import Linear, gelu_of, is_plain
+from vlp_fast.ops import mlp
 
 __all__ = ["MLP", "DropPath"]
 
@@ -22,7 +23,16 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu_of(self.fc1, x))
+        fc1, fc2 = self.fc1, self.fc2
+        if (
+            x.device.type == "cpu"
+            and x.dim() == 2
+            and torch.is_grad_enabled()
+            and is_plain(fc1, Linear)
+            and is_plain(fc2, Linear)
+        ):
+            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return fc2(gelu_of(fc1, x))
 
 
 class DropPath(nn.Module):

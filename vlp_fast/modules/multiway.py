@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from vlp_fast.attention_plan import AttentionPlan
 from vlp_fast.modules.attention import _check_heads
-from vlp_fast.ops import attention, multiway_layer_norm, multiway_linear
+from vlp_fast.modules.linear import is_plain
+from vlp_fast.ops import attention, multiway_layer_norm, multiway_linear, multiway_mlp
 from vlp_fast.ops._autocast import autocast_dtype
 from vlp_fast.ops._backends import attention_only
 from vlp_fast.passes import ReadRows
 
-__all__ = ["MultiwayAttention", "MultiwayFFN", "MultiwayLayerNorm", "MultiwayLinear"]
+__all__ = ["MultiwayAttention", "MultiwayFFN", "MultiwayLayerNorm", "MultiwayLinear", "multiway_mlp_of"]
 
 
 class MultiwayLinear(nn.Module):
@@ -138,4 +139,32 @@ class MultiwayFFN(nn.Module):
 
     def forward(self, x: Tensor, expert_offsets: Sequence[int], residual: Tensor | None = None) -> Tensor:
         """The branch; with `residual`, ``[rows, dim]``, its sum with the branch."""
-        return self.fc2(self.norm(self.fc1(x, expert_offsets), expert_offsets), expert_offsets, residual)
+        return multiway_mlp_of(self.fc1, self.fc2, x, expert_offsets, residual, norm=self.norm)
+
+
+def multiway_mlp_of(
+    fc1: nn.Module,
+    fc2: nn.Module,
+    x: Tensor,
+    expert_offsets: Sequence[int],
+    residual: Tensor | None = None,
+    *,
+    norm: nn.Module | None = None,
+) -> Tensor:
+    """fc2(norm(fc1(x))) + residual; one operation, `vlp_fast.ops.multiway_mlp`, where the layers are plain and a gradient is wanted."""
+    if (
+        torch.is_grad_enabled()
+        and is_plain(fc1, MultiwayLinear)
+        and is_plain(fc2, MultiwayLinear)
+        and fc1.activation == "gelu"
+        and fc2.activation is None
+        and fc1.backend == fc2.backend
+    ):
+        parts = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if norm is None:
+            return multiway_mlp(x, *parts, expert_offsets, residual=residual, backend=fc1.backend)
+        if is_plain(norm, MultiwayLayerNorm) and norm.before_linear and norm.backend == fc1.backend:
+            both = (norm.weight, norm.bias)
+            return multiway_mlp(x, *parts, expert_offsets, norm=both, eps=norm.eps, residual=residual, backend=fc1.backend)
+    hidden = fc1(x, expert_offsets)
+    return fc2(hidden if norm is None else norm(hidden, expert_offsets), expert_offsets, residual)

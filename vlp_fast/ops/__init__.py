@@ -22,6 +22,7 @@ from vlp_fast.ops.decode_attention import decode_attention
 from vlp_fast.ops.linear import linear, linear_gelu
 from vlp_fast.ops.linear_cross_entropy import linear_cross_entropy
 from vlp_fast.ops.multiway import multiway_layer_norm, multiway_linear
+from vlp_fast.ops.multiway_mlp import mlp, multiway_mlp
 from vlp_fast.ops.packing import packed_weights
 
 register_cpu_flops()
@@ -43,8 +44,10 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
+    "mlp",
     "multiway_layer_norm",
     "multiway_linear",
+    "multiway_mlp",
     "packed_weights",
     "sigmoid_contrastive_loss",
 ]

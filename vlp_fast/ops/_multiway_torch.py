@@ -62,25 +62,35 @@ def linear_backward(
     needs_dx: bool,
     needs_dweight: bool,
     needs_dbias: bool,
+    *,
+    dx_into: Tensor | None = None,
+    dpre_into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias; those not needed are empty."""
-    dx = x.new_empty(x.shape if needs_dx else (0,))
+    """dx, dweight, dbias; those not needed are empty. dx_into: memory that dx may take, x itself too; dpre_into: that the gradient before
+    the activation takes, dout itself too."""
     dweight = weight.new_empty(weight.shape if needs_dweight else (0,))
     dbias = weight.new_empty(weight.shape[:2] if needs_dbias else (0,))
-    dpre = _gelu_backward(dout, pre, grad_input=torch.empty_like(pre)) if activation else dout
+    dpre = dout
+    if activation:
+        dpre = _gelu_backward(dout, pre, grad_input=torch.empty_like(pre) if dpre_into is None else dpre_into)
     for e in _idle(offsets):
         if needs_dweight:
             dweight[e].zero_()
         if needs_dbias:
             dbias[e].zero_()
-    for e, a, b in _runs(offsets):
-        d = dpre[a:b]
-        if needs_dx:
-            mm(d, weight[e], out=dx[a:b])
+    runs = _runs(offsets)
+    for e, a, b in runs:
         if needs_dweight:
-            mm(d.t(), x[a:b], out=dweight[e])
+            mm(dpre[a:b].t(), x[a:b], out=dweight[e])
         if needs_dbias:
-            torch.sum(d, 0, out=dbias[e])
+            torch.sum(dpre[a:b], 0, out=dbias[e])
+    if not needs_dx:
+        return x.new_empty(0), dweight, dbias
+    if len(runs) == 1:
+        return mm(dpre, weight[runs[0][0]], scratch=dx_into).contiguous(), dweight, dbias
+    dx = x.new_empty(x.shape) if dx_into is None else dx_into
+    for e, a, b in runs:
+        mm(dpre[a:b], weight[e], out=dx[a:b])
     return dx, dweight, dbias
 
 

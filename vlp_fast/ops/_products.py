@@ -76,13 +76,20 @@ def fp32_products() -> tuple[str, str]:
 
 
 def mm(
-    a: Tensor, b: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, out: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """``a @ b + bias + residual``, written into `out` where it is given. b may be the transpose of a packed weight (`packed_weights`).
 
     Args:
         a: ``[m, k]``. b: ``[k, n]``. bias: ``[n]`` or None. residual: ``[m, n]`` or None. All of one dtype and device. No gradient:
             it is used inside of operations.
+        scratch: instead of out, memory that the result takes where the library can write into it; what is returned counts.
     """
     packed = find_packed(b) if any_packed() else None
     if packed is None and widens(a) and a.numel() * b.shape[1] >= INTENSE * (a.numel() + b.numel() + a.shape[0] * b.shape[1]):
@@ -94,6 +101,7 @@ def mm(
         if residual is not None:
             return torch.add(result, residual, out=result if out is None else out)
         return result if out is None else out.copy_(result)
+    out = scratch if out is None else out
     if out is None and bias is not None and is_bf16_for_onednn(a) and b.numel() > 0 and _by_rows(a):
         # addmm begins with a copy of the bias, or of the residual, and takes 1 to 7 % longer
         result = _linear(a, b.t(), bias)

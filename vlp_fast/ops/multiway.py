@@ -133,13 +133,20 @@ def multiway_layer_norm(
     return _layer_norm(x, weight, bias, list(expert_offsets), eps, dtype, name)[0]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], weight_dim: int) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Sequence[int],
+    weight_dim: int,
+    names: tuple[str, str] = ("weight", "bias"),
+) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be packed as [rows, width]; received shape {list(x.shape)}.")
     if weight.dim() != weight_dim:
-        raise ValueError(f"weight must have {weight_dim} dimensions, experts first; received shape {list(weight.shape)}.")
+        raise ValueError(f"{names[0]} must have {weight_dim} dimensions, experts first; received shape {list(weight.shape)}.")
     if bias is not None and bias.shape != weight.shape[:2]:
-        raise ValueError(f"bias must be {list(weight.shape[:2])}, a row per expert; received {list(bias.shape)}.")
+        raise ValueError(f"{names[1]} must be {list(weight.shape[:2])}, a row per expert; received {list(bias.shape)}.")
     if len(offsets) != weight.shape[0] + 1:
         raise ValueError(
             f"expert_offsets must have one entry more than the {weight.shape[0]} experts; received {len(offsets)}."
