@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[2]
 GOOD = CompileReport(registers=100, stack=0, spills=0, shared_bytes=1024, wgmma=4, tcgen05=4, mma=4, cp_async=0)
 
 
+@pytest.mark.heavy
 def test_compile_gate_holds(tmp_path):
-    """Another process compiles what changed and a sample, without the interpreter in which other tests run."""
+    """`make compile-gate` as a test. Another process compiles what changed and a sample, without the interpreter in which other tests run."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
     command = [sys.executable, "-m", "vlp_fast.kernels._compile", "--check"]
