@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlp_fast._version import __version__
-from vlp_fast.ops import BACKENDS, backend_status, default_backend, fp32_products
+from vlp_fast.ops import BACKENDS, backend_status, bf16_products, default_backend, fp32_products
 
 __all__ = [
     "backend_report",
@@ -54,16 +54,17 @@ def _version(module: str, distributions: tuple[str, ...]) -> str | None:
 
 
 def cpu_report() -> dict[str, Any]:
-    """The processor: its name, the cores this process may use, torch's threads, the instruction set its kernels use, and which library
-    multiplies fp32 matrices on the torch backend.
+    """The processor: its name, the cores this process may use, torch's threads, the instruction set its kernels use, and how the torch
+    backend multiplies matrices of fp32 and bf16.
     """
-    affinity, (library, reason) = getattr(os, "sched_getaffinity", None), fp32_products()
+    affinity = getattr(os, "sched_getaffinity", None)
+    products = {"fp32_products": fp32_products(), "bf16_products": bf16_products()}
     return {
         "name": _cpu_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "fp32_products": {"library": library, "reason": reason},
+        **{name: {"library": library, "reason": reason} for name, (library, reason) in products.items()},
     }
 
 

@@ -16,8 +16,9 @@ def test_json_follows_the_documented_schema():
     report = json.loads(result.stdout)
     assert report["schema"] == 1
     assert {"vlp_fast", "python", "torch", "triton", "numpy", "xformers", "flash_attn"} <= set(report["versions"])
-    assert set(report["cpu"]) == {"name", "cores", "threads", "instructions", "fp32_products"}
-    assert set(report["cpu"]["fp32_products"]) == {"library", "reason"}
+    assert set(report["cpu"]) == {"name", "cores", "threads", "instructions", "fp32_products", "bf16_products"}
+    for dtype in ("fp32", "bf16"):
+        assert set(report["cpu"][f"{dtype}_products"]) == {"library", "reason"}
     assert report["cuda"]["available"] == bool(report["cuda"]["devices"])
     assert report["cuda"]["reason"]
     assert {"cpu", "meta"} <= set(report["devices"])

@@ -25,7 +25,7 @@ GOOD = CompileReport(registers=100, stack=0, spills=0, shared_bytes=1024, wgmma=
 
 @pytest.mark.heavy
 def test_compile_gate_holds(tmp_path):
-    """`make compile-gate` as a test. Another process compiles what changed and a sample, without the interpreter in which other tests run."""
+    """`make compile-gate`: another process compiles what changed and a sample, without the interpreter of other tests."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
     command = [sys.executable, "-m", "vlp_fast.kernels._compile", "--check"]

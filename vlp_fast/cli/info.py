@@ -24,7 +24,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON to std
     JSON (schema 1):
       versions   {library: version, or null where it is not installed}
       system, machine   the platform
-      cpu        {name, cores, threads, instructions, fp32_products: {library, reason}}
+      cpu        {name, cores, threads, instructions, fp32_products and bf16_products: {library, reason}}
       cuda       {available, reason, devices: [{index, name, capability, memory_mb}]}
       devices    {cpu | cuda | meta: {default, backends: {backend: {available, reason}}}}
     """
@@ -45,7 +45,9 @@ def _print(report: dict[str, Any], console: Console) -> None:
     cpu, cuda = report["cpu"], report["cuda"]
     table.add_row("system", report["system"])
     table.add_row("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instructions']}")
-    table.add_row("fp32 products", f"on the CPU by {cpu['fp32_products']['library']}: {cpu['fp32_products']['reason']}")
+    for dtype in ("fp32", "bf16"):
+        found = cpu[f"{dtype}_products"]
+        table.add_row(f"{dtype} products", f"on the CPU by {found['library']}: {found['reason']}")
     for device in cuda["devices"]:
         table.add_row(
             f"cuda:{device['index']}",

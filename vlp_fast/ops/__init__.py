@@ -9,7 +9,7 @@ from vlp_fast.ops._backends import (
     default_backend,
 )
 from vlp_fast.ops._flops import register_cpu_flops
-from vlp_fast.ops._products import fp32_products
+from vlp_fast.ops._products import bf16_products, fp32_products
 from vlp_fast.ops.attention import attention
 from vlp_fast.ops.attention_pool import attention_pool
 from vlp_fast.ops.contrastive import (
@@ -39,6 +39,7 @@ __all__ = [
     "decode_attention",
     "default_backend",
     "distilled_contrastive_loss",
+    "bf16_products",
     "fp32_products",
     "hard_negatives",
     "linear",

@@ -19,6 +19,7 @@ from torch import Tensor
 from vlp_fast.ops.packing import any_packed, find_packed, supports_bf16
 
 __all__ = [
+    "bf16_products",
     "bound_product",
     "fp32_products",
     "fuses_gelu",
@@ -73,6 +74,13 @@ def fp32_products() -> tuple[str, str]:
     if onednn_is_faster_for_few_rows():
         return "oneDNN for few rows, else MKL", "oneDNN reads a weight faster here, MKL multiplies many rows faster"
     return "PyTorch's own choice", "MKL uses all of this processor, or this PyTorch lacks MKL or oneDNN"
+
+
+def bf16_products() -> tuple[str, str]:
+    """The way of bf16 products on this CPU, and why: for ``vlp-fast info``."""
+    if supports_bf16():
+        return "oneDNN", "this processor has instructions for them"
+    return "those of fp32, rounded once", "this processor has no instructions for bf16"
 
 
 def mm(
