@@ -217,11 +217,11 @@ def _other(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return next(row for provider, row in found.items() if provider != "vlp_fast")
 
 
-def _profile() -> str:
-    """Kinds of operations down, steps across."""
-    report = read("cpu-profile-bf16")
+def _profile(name: str) -> str:
+    """Kinds of operations down, cases across."""
+    report = read(name)
     rows, stamp = report["rows"], report["stamp"]
-    head = [f"ms, {stamp['dtype']}", *(f"{row['case'].partition(':')[0]}, {row['provider']}" for row in rows)]
+    head = [f"ms, {stamp['dtype']}", *(f"{row['case'].partition(':')[0]}: {row['provider']}" for row in rows)]
     kinds = [key for key in rows[0] if key not in ("case", "provider")]
     table = _markdown(head, [[kind, *(_ms(row[kind]) for row in rows)] for kind in kinds])
     return f"{table}\n\n{_place(stamp)}. {_made('benchmarks/profile_steps.py', stamp)}"
@@ -245,7 +245,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "avx-two-steps": lambda: _full("steps", AVX2_STEPS),
     "avx-two-memory": lambda: _memory(AVX2_MEMORY),
     "avx-two-generation": lambda: _full("generate", AVX2_GENERATION),
-    "profile": _profile,
+    "profile": lambda: _profile("cpu-profile-bf16"),
+    "avx-two-profile": lambda: _profile("cpu-avx2-profile-generation-fp32"),
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),
 }
