@@ -39,6 +39,7 @@ KINDS = {
     "norms and GELU": ("native_layer_norm", "native_layer_norm_backward", "gelu", "gelu_", "gelu_backward"),
     "copies and casts": ("copy_", "cat", "index", "index_select", "index_add_", "scatter_add_", "embedding", "_to_copy", "clone"),
     "zeros": ("fill_", "zero_"),
+    # in a step these are the vocabulary loss's
     "choosing words": ("topk", "sort", "cumsum", "exp_", "amax", "max", "logsumexp", "searchsorted", "multinomial", "gather"),
     "sums": ("add", "add_", "sum", "mul", "mul_", "div", "div_", "lerp_", "sub", "neg"),
 }  # fmt: skip

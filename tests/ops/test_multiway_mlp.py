@@ -85,19 +85,18 @@ def test_multiway_mlp_is_its_operations_to_the_bit(parts, backend, device):
 
 
 def test_multiway_mlp_gradients_of_some_inputs_alone(backend, device):
-    inputs, parts = inputs_of((0, 3, 7), device), "bias norm residual"
-    ours = as_function(multiway_mlp, (0, 3, 7), parts, backend=backend)
-    everything = outputs_and_gradients(ours, inputs)[1:]
-    for i, expected in enumerate(everything):
+    inputs = inputs_of((0, 3, 7), device)
+    ours = as_function(multiway_mlp, (0, 3, 7), "bias norm residual", backend=backend)
+    dout = torch.ones(7, OUT, device=device)
+    whole = outputs_and_gradients(ours, inputs, [dout])[1:]
+    for i, expected in enumerate(whole):
         leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(inputs)]
-        out = ours(*leaves)
-        (alone,) = torch.autograd.grad(out, [leaves[i]], torch.ones_like(out))
-        whole = [t.clone().requires_grad_() for t in inputs]
-        expected = torch.autograd.grad(ours(*whole), whole, torch.ones_like(out))[i]
+        (alone,) = torch.autograd.grad(ours(*leaves), [leaves[i]], dout)
         torch.testing.assert_close(alone, expected)
-    stride_zero = [t.clone().requires_grad_() for t in inputs]
-    ours(*stride_zero).sum().backward()  # a gradient whose strides are 0
-    assert all(t.grad is not None for t in stride_zero)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    ours(*leaves).sum().backward()  # the gradient of the output has strides of 0
+    for leaf, expected in zip(leaves, whole, strict=True):
+        torch.testing.assert_close(leaf.grad, expected)
 
 
 @pytest.mark.parametrize("parts", ["bias norm residual", "bias"])
@@ -175,8 +174,9 @@ def test_multiway_mlp_compiles_whole_and_counts_its_products(backend, device):
 def test_multiway_mlp_says_what_does_not_fit(place, shape, says, backend, device):
     inputs = inputs_of((0, 3, 7), device)
     inputs[place] = torch.zeros(shape, device=device, requires_grad=True)
-    with pytest.raises(ValueError, match=says):
-        as_function(multiway_mlp, (0, 3, 7), "bias norm residual", backend=backend)(*inputs)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match=says):
+            as_function(multiway_mlp, (0, 3, 7), "bias norm residual", backend=backend)(*inputs)
 
 
 def test_multiway_mlp_says_which_dtype_does_not_fit(device):

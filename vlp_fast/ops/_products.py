@@ -1,9 +1,9 @@
 """Matrix products of the torch backend, in one place because PyTorch has two ways for fp32 on a CPU and takes the slower on many.
 
 PyTorch gives fp32 products to MKL, which on processors of other makers than Intel keeps to AVX2. oneDNN, which PyTorch brings along for
-its 16-bit products, uses AVX-512 on all that have it, and is twice as fast there; where there is none it is faster with few rows
-(benchmarks/bench_products.py). Products of bf16 on a processor without instructions for them are loops of PyTorch's, at a tenth of the
-rate of fp32: there the operands are widened, and the result is rounded once.
+its 16-bit products, uses AVX-512 on all that have it, and is twice as fast there (benchmarks/bench_products.py); where there is none it
+is the faster one with few rows. Products of bf16 on a processor without instructions for them are loops of PyTorch's, slower than fp32:
+there the operands are widened, and the result is rounded once.
 """
 
 from __future__ import annotations

@@ -59,12 +59,6 @@ def multiway_mlp(
     if norm is not None and any(t.shape != weight1.shape[:2] for t in norm):
         shapes = [list(t.shape) for t in norm]
         raise ValueError(f"norm must be weight and bias, {list(weight1.shape[:2])} both; received {shapes[0]} and {shapes[1]}.")
-    tensors = (x, weight1, bias1, weight2, bias2, residual, *(norm or ()))
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        hidden = multiway_linear(x, weight1, bias1, expert_offsets, activation="gelu", backend=backend)
-        if norm is not None:
-            hidden = multiway_layer_norm(hidden, *norm, expert_offsets, eps, out_dtype=hidden.dtype, backend=backend)
-        return multiway_linear(hidden, weight2, bias2, expert_offsets, residual=residual, backend=backend)
     x, weight1, bias1, weight2, bias2 = autocast_to_compute(x, weight1, bias1, weight2, bias2)  # type: ignore[assignment]
     for name, tensor in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
@@ -80,6 +74,12 @@ def multiway_mlp(
             f"residual must be {[x.shape[0], weight2.shape[1]]} on {x.device}, as the output; received {list(residual.shape)} on "
             f"{residual.device}."
         )
+    tensors = (x, weight1, bias1, weight2, bias2, residual, *(norm or ()))
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        hidden = multiway_linear(x, weight1, bias1, expert_offsets, activation="gelu", backend=backend)
+        if norm is not None:
+            hidden = multiway_layer_norm(hidden, *norm, expert_offsets, eps, out_dtype=hidden.dtype, backend=backend)
+        return multiway_linear(hidden, weight2, bias2, expert_offsets, residual=residual, backend=backend)
     name = _backend(backend, x, "multiway_mlp", residual)
     norm_weight, norm_bias = norm or (None, None)
     return _mlp(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, residual, list(expert_offsets), eps, name)[0]
