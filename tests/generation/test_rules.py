@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vlp_fast.generation.rules import Rules, draw, least_score
+from vlp_fast.generation import rules as rules_module
+from vlp_fast.generation.rules import Rules, best_scores, draw
 
 START, EOS = 1, 2
 
@@ -22,27 +23,86 @@ def _plain_kept(scores, top_k, top_p):
     return {i: p / mass for i, p in kept}
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.3), (None, 0.9), (3, None), (500, None), (7, 0.6), (None, 1.0)])
-def test_draws_follow_the_filtered_distribution(top_k, top_p):
+def _draw_at(scores, top_k, top_p, shares, monkeypatch, *, by_sorting=False):
+    """`draw` with these random numbers, one per row of scores; by_sorting: as on a GPU."""
+    shares = torch.as_tensor(shares, dtype=torch.float64)
+    if by_sorting:
+        return rules_module._draw_sorted(scores, top_k, top_p, shares)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: shares.expand(shape))
+    found = draw(scores, top_k, top_p, None)
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("by_sorting", [False, True], ids=["buckets", "sorting"])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (None, 0.3), (None, 0.9), (3, None), (500, None), (7, 0.6), (None, 1.0)]
+)
+def test_draws_follow_the_filtered_distribution(top_k, top_p, by_sorting, monkeypatch):
+    """Each word that stays is drawn by the numbers between the share of those before it and its own, the best word first."""
     scores = torch.randn(3, 400, generator=torch.Generator().manual_seed(2)) * torch.tensor([0.2, 1.0, 3.0])[:, None]
-    kept = scores.masked_fill(scores < least_score(scores, top_k, top_p), -float("inf"))
-    for row in range(3):
-        expected = _plain_kept(scores[row].tolist(), top_k, top_p)
-        found = dict(enumerate(torch.softmax(kept[row].double(), 0).tolist()))
-        assert {i for i, p in found.items() if p > 0} == set(expected)
-        assert all(found[i] == pytest.approx(p, rel=1e-5) for i, p in expected.items())
+    for row in scores:
+        expected = _plain_kept(row.tolist(), top_k, top_p)
+        share = torch.tensor(list(expected.values()), dtype=torch.float64)
+        ends = share.cumsum(0)
+        for at in (ends - share * 0.999, ends - share * 0.001):
+            words, score = _draw_at(row.expand(len(at), -1), top_k, top_p, at, monkeypatch, by_sorting=by_sorting)
+            assert words.tolist() == list(expected)
+            torch.testing.assert_close(score, share.log().float(), rtol=1e-5, atol=1e-5)
+        first, last = _draw_at(row.expand(2, -1), top_k, top_p, [0.0, 1.0 - 2**-53], monkeypatch, by_sorting=by_sorting)[
+            0
+        ].tolist()
+        assert (first, last) == (next(iter(expected)), list(expected)[-1])
 
 
-def test_draw_is_unbiased_and_never_takes_what_was_dropped():
-    scores = torch.tensor([[-float("inf"), 1.0, -float("inf"), 0.0, -1.0, -float("inf")]]).expand(200_000, -1)
-    words, score = draw(scores, torch.full((len(scores), 1), -1.5), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(score, scores.log_softmax(-1).gather(1, words[:, None])[:, 0])
-    counts = torch.bincount(words, minlength=6) / len(scores)
-    torch.testing.assert_close(counts, scores[0].softmax(0), atol=5e-3, rtol=0)
-    assert counts[[0, 2, 5]].sum() == 0
-    words, score = draw(scores, torch.full((len(scores), 1), 0.5), torch.Generator().manual_seed(0))
-    assert (words == 1).all()  # only one is left
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.5, 3.0, 40.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (None, 1e-6), (None, 0.9), (None, 0.99999), (50, None), (50, 0.8)])
+def test_buckets_draw_what_sorting_draws(spread, top_k, top_p, monkeypatch):
+    """A large vocabulary; flat scores are all in one bucket, and steep ones leave most of it without probability."""
+    scores = torch.randn(40, 20_011, generator=torch.Generator().manual_seed(3)) * spread
+    scores[1, ::2] = -float("inf")
+    scores[2, 7] = scores.max() + 50.0  # one word has all the mass
+    scores[3] = scores[3].bfloat16().float()  # many score the same
+    shares = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    words, score = _draw_at(scores, top_k, top_p, shares, monkeypatch)
+    expected, expected_score = _draw_at(scores, top_k, top_p, shares, monkeypatch, by_sorting=True)
+    assert words.dtype == expected.dtype
+    assert score.dtype == expected_score.dtype
+    # words whose scores differ by less than their probabilities show are the same to `draw`
+    at, expected_at = (scores.gather(1, w[:, None]) for w in (words, expected))
+    torch.testing.assert_close(at, expected_at, rtol=0, atol=1e-6)
+    assert spread == 1e-4 or torch.equal(words, expected)
+    torch.testing.assert_close(score, expected_score)
+
+
+@pytest.mark.parametrize("words", [5, 256, 257, 30_524])
+def test_best_scores_are_those_of_topk(words):
+    scores = torch.randn(3, words, generator=torch.Generator().manual_seed(4))
+    scores[0, -1] = 9.0  # behind the last whole block
+    scores[1] = -float("inf")
+    scores[1, words // 2] = 0.0
+    for count in (1, min(words, 6), min(words, 200)):
+        best, index = best_scores(scores, count)
+        assert torch.equal(best, torch.topk(scores, count).values)
+        assert torch.equal(best, scores.gather(1, index))
+        assert all(len(set(row)) == count for row in index.tolist())
+
+
+@pytest.mark.parametrize("words", [6, 256, 700])
+def test_draw_is_unbiased_and_never_takes_what_was_dropped(words):
+    scores = torch.full((1, words), -float("inf"))
+    at = torch.tensor([1, words // 2, words - 2])
+    scores[0, at] = torch.tensor([1.0, 0.0, -1.0])
+    scores = scores.expand(20_000, -1)
+    chosen, score = draw(scores, None, None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(score, scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0])
+    counts = torch.bincount(chosen, minlength=words)[at]
+    torch.testing.assert_close(counts / len(scores), scores[0].softmax(0)[at], atol=2e-2, rtol=0)
+    assert counts.sum() == len(scores)
+    chosen, score = draw(scores, None, 0.5, torch.Generator().manual_seed(0))
+    assert (chosen == 1).all()  # only one is left
     assert (score == 0.0).all()
+    assert torch.equal(chosen, draw(scores, 1, None, None)[0])
 
 
 def test_rules_penalise_words_of_prompt_and_text_and_hold_back_the_end():

@@ -262,11 +262,11 @@ def test_rank_answers_gives_the_losses_of_transformers(transformers):
                 assert float(found.scores[i, j]) == pytest.approx(-float(out.loss) * (len(answer) - 1), rel=1e-4)
 
 
-def test_filters_keep_the_words_that_transformers_keeps(transformers):
-    from vlp_fast.generation.rules import least_score
+def test_filters_keep_the_words_that_transformers_keeps(transformers, monkeypatch):
+    from vlp_fast.generation.rules import draw
 
     scores = (
-        torch.randn(6, 900, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0, 8.0])[:, None]
+        torch.randn(6, 900, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0, 4.0])[:, None]
     )
     for top_k, top_p in itertools.product((None, 1, 7, 300, 2000), (None, 0.05, 0.5, 0.9, 0.999)):
         if top_k is None and top_p is None:
@@ -276,8 +276,12 @@ def test_filters_keep_the_words_that_transformers_keeps(transformers):
             expected = transformers.TopKLogitsWarper(top_k)(None, expected)
         if top_p is not None:
             expected = transformers.TopPLogitsWarper(top_p)(None, expected)
-        kept = scores.masked_fill(scores < least_score(scores, top_k, top_p), -float("inf"))
-        assert torch.equal(kept, expected), (top_k, top_p)
+        least = expected.masked_fill(expected.isinf(), float("inf")).argmin(-1)
+        monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, 1.0 - 2**-53, dtype=torch.float64))
+        words, score = draw(scores, top_k, top_p, None)  # the last word that stays
+        monkeypatch.undo()
+        assert torch.equal(words, least), (top_k, top_p)
+        torch.testing.assert_close(score, expected.log_softmax(-1).gather(1, least[:, None])[:, 0])
 
 
 def test_rank_captions_gives_the_matching_scores_of_transformers(transformers):

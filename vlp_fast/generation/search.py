@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlp_fast.generation.decoders import Writing
-from vlp_fast.generation.rules import Rules, draw, least_score
+from vlp_fast.generation.rules import Rules, best_scores, draw
 
 __all__ = ["BeamSettings", "Found", "SampleSettings", "search_beams", "search_words"]
 
@@ -64,7 +64,7 @@ def search_words(writing: Writing, rules: Rules, eos_id: int, limits: Sequence[i
         else:
             if sampling.temperature != 1.0:
                 scores /= sampling.temperature
-            word, score = draw(scores, least_score(scores, sampling.top_k, sampling.top_p), sampling.generator)
+            word, score = draw(scores, sampling.top_k, sampling.top_p, sampling.generator)
         words[:, step] = torch.where(going, word, eos_id)
         total += torch.where(going, score, 0.0)
         lengths += going
@@ -104,7 +104,7 @@ def search_beams(
     for step in range(steps):
         scores = rules(torch.log_softmax(_own_float(logits), -1), running_words.flatten(0, 1)[:, :step])
         scores = (scores.view(images, beams, vocab) + running[..., None]).flatten(1)
-        top, place = torch.topk(scores, 2 * beams)
+        top, place = best_scores(scores, 2 * beams)
         parent, word = place // vocab, place % vocab
         words = _pick(running_words, parent)
         words[:, :, step] = word
