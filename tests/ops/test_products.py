@@ -1,12 +1,16 @@
 """The torch backend's matrix products through oneDNN, whether or not this machine would choose it, in every layout."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from vlp_fast.ops import _products
+from vlp_fast.ops import _products, linear, linear_gelu, packed_weights
 from vlp_fast.ops._products import fp32_products, mm, onednn_is_faster, onednn_is_faster_for_few_rows
+from vlp_fast.ops.linear import bind_linear
 from vlp_fast.testing import assert_as_accurate_as
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
@@ -135,7 +139,7 @@ def test_onednn_is_chosen_on_processors_of_other_makers(intel, instructions, all
 
 
 @needs_onednn
-@pytest.mark.parametrize(("rows", "out", "chosen"), [(8, 768, True), (17, 768, False), (256, 2048, True), (257, 2048, False)])
+@pytest.mark.parametrize(("rows", "out", "chosen"), [(1, 4096, True), (33, 768, False), (256, 2048, True), (257, 2048, False)])
 def test_few_rows_go_to_onednn_on_avx2(rows, out, chosen, processor, monkeypatch):
     called = []
     monkeypatch.setattr(_products, "_onednn", lambda a, b, bias: called.append(a.shape) or a @ b)
@@ -145,6 +149,42 @@ def test_few_rows_go_to_onednn_on_avx2(rows, out, chosen, processor, monkeypatch
     assert bool(called) is chosen
     mm(x, torch.randn(768, out))  # not a weight as a linear layer has it
     assert len(called) == chosen
+
+
+@needs_onednn
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice of columns", "every second"])
+@pytest.mark.parametrize(
+    ("rows", "most", "most_of_packed"), [(1, 0, 0), (2, 1, 1), (16, 1, 1), (17, 1, 0), (32, 1, 0), (33, 0, 0)]
+)
+@torch.no_grad()
+def test_products_of_few_rows_are_turned_on_avx2(rows, most, most_of_packed, layout, has_bias, processor, monkeypatch):
+    """Called from everywhere: mm, linear, linear_gelu and their bound forms, with packed weights or none."""
+    processor(False, "AVX2")
+    monkeypatch.setattr(_products, "LEAST", 2000)
+    turned, called = _products._turned, []
+    monkeypatch.setattr(_products, "_turned", lambda *args: called.append(1) or turned(*args))
+    x, layer = layouts(rows, 40)[layout], nn.Linear(40, 60, bias=has_bias)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
+    out, residual = torch.empty(rows, 60), torch.randn(rows, 60)
+    for expected_calls, block in ((most, nullcontext()), (most_of_packed, packed_weights(layer))):
+        with block:
+            called.clear()
+            weights = (layer.weight, layer.bias)
+            assert_near(mm(x, layer.weight.t(), layer.bias), expected)
+            assert mm(x, layer.weight.t(), layer.bias, residual=residual, out=out) is out
+            assert_near(out, expected + residual)
+            found = linear(x, *weights)
+            assert found.is_contiguous()
+            assert_near(found, expected)
+            assert_near(linear_gelu(x, *weights), F.gelu(expected))
+            for gelu in (False, True):
+                assert_near(bind_linear(*weights, gelu=gelu)(x), F.gelu(expected) if gelu else expected)
+            assert len(called) == 6 * expected_calls
+
+
+def assert_near(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "slice of columns", "every second"])

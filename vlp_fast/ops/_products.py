@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlp_fast.ops.packing import any_packed, find_packed, supports_bf16
@@ -21,6 +22,7 @@ from vlp_fast.ops.packing import any_packed, find_packed, supports_bf16
 __all__ = [
     "bf16_products",
     "bound_product",
+    "bound_turned",
     "fp32_products",
     "fuses_gelu",
     "is_bf16_for_onednn",
@@ -36,7 +38,9 @@ __all__ = [
 # multiply-adds below which oneDNN's greater cost per call (10 us) outweighs what it saves
 LEAST = 2**21
 # rows up to which oneDNN is the faster on AVX2: with any weight, and with one of so many numbers
-FEW, FEW_OF_LARGE, LARGE = 16, 256, 2**20
+FEW, FEW_OF_LARGE, LARGE = 32, 256, 2**20
+# rows up to which the turned product is faster there than with a packed weight
+FEW_OF_PACKED = 16
 # multiply-adds for each number read or written from which products are faster in fp32, widening included, than PyTorch's loops
 INTENSE = 12
 
@@ -100,12 +104,16 @@ def mm(
         scratch: instead of out, memory that the result takes where the library can write into it; what is returned counts.
     """
     packed = find_packed(b) if any_packed() else None
+    turned = _is_turned(a, b.t(), packed)
     if packed is None and widens(a) and a.numel() * b.shape[1] >= INTENSE * (a.numel() + b.numel() + a.shape[0] * b.shape[1]):
         result = mm(a.float(), b.float(), None if bias is None else bias.float())
         result = result if residual is None else result.add_(residual)
         return result.to(a.dtype) if out is None else out.copy_(result)
-    if packed is not None or is_for_onednn(a, b.shape[1], with_weight=_by_rows(b.t())):
-        result = _onednn(a, b, bias) if packed is None else _linear(a, packed, bias)
+    if turned or packed is not None or is_for_onednn(a, b.shape[1], with_weight=_by_rows(b.t())):
+        if turned:
+            result = _turned(a, b.t(), bias)
+        else:
+            result = _onednn(a, b, bias) if packed is None else _linear(a, packed, bias)
         if residual is not None:
             return torch.add(result, residual, out=result if out is None else out)
         return result if out is None else out.copy_(result)
@@ -140,9 +148,29 @@ def bound_product(weight: Tensor, bias: Tensor | None, activation: str) -> Calla
     return lambda x: product(x.contiguous(), packed, bias, activation, [], form)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU(x @ weight.T + bias) in one pass of oneDNN, the GELU (with erf) of sums in fp32. As `mm`: CPU, one dtype, no gradient."""
+def bound_turned(
+    weight: Tensor, bias: Tensor | None, activation: str, otherwise: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """x ``[rows, in]`` -> activation(x @ weight.T + bias), turned where the rows are so few that this is faster; else by `otherwise`."""
+    least = max(2, -(-LEAST // max(weight.numel(), 1)))
     packed = find_packed(weight.t()) if any_packed() else None
+    if len(weight) < least or not _is_turned(weight[:least], weight, packed):
+        return otherwise
+    rows, gelu = range(least, (FEW if packed is None else FEW_OF_PACKED) + 1), activation == "gelu"
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) not in rows:
+            return otherwise(x)
+        return F.gelu(_turned(x, weight, bias)) if gelu else _turned(x, weight, bias)
+
+    return product
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU(x @ weight.T + bias), by oneDNN in one pass with the GELU (with erf) of sums in fp32. As `mm`: CPU, one dtype, no gradient."""
+    packed = find_packed(weight.t()) if any_packed() else None
+    if _is_turned(x, weight, packed):
+        return F.gelu(_turned(x, weight, bias))
     return _linear(x, weight if packed is None else packed, bias, "gelu", "none")
 
 
@@ -179,6 +207,26 @@ def is_for_onednn(x: Tensor, width: int, *, with_weight: bool = True) -> bool:
     rows, numbers = x.numel() // x.shape[-1], x.shape[-1] * width
     few = rows <= FEW or (rows <= FEW_OF_LARGE and numbers >= LARGE)
     return few and with_weight and onednn_is_faster_for_few_rows()
+
+
+def _is_turned(x: Tensor, weight: Tensor, packed: Tensor | None) -> bool:
+    """Whether x ``[rows, in]`` is for `_turned`. packed: the weight's packed copy, if there is one."""
+    return (
+        2 <= x.shape[0] <= (FEW if packed is None else FEW_OF_PACKED)
+        and onednn_is_faster_for_few_rows()
+        and is_for_onednn(x, weight.shape[0])
+        and weight.dtype == x.dtype
+        and _by_rows(weight)
+    )
+
+
+def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias as the transpose of weight @ x.T: on AVX2 oneDNN reads the first operand as it lies, and reorders the second,
+    here the few rows of x instead of the weight; that is faster than a weight reordered once (`packed_weights`) too."""
+    # of rows that lie apart oneDNN makes, as a second operand, a product a thousand times as slow
+    product = _linear_pointwise()(weight, x.contiguous(), None, "none", [], "").t()
+    out = x.new_empty(product.shape)
+    return out.copy_(product) if bias is None else torch.add(product, bias, out=out)
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

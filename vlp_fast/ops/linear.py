@@ -12,7 +12,7 @@ from torch import Tensor
 from vlp_fast.ops import _products
 from vlp_fast.ops._autocast import autocast_dtype, autocast_to_compute
 from vlp_fast.ops._direct import runs_directly
-from vlp_fast.ops._products import bound_product, is_bf16_for_onednn, is_for_onednn, linear_bf16, mm, widens
+from vlp_fast.ops._products import bound_product, bound_turned, is_bf16_for_onednn, is_for_onednn, linear_bf16, mm, widens
 from vlp_fast.ops.multiway import multiway_linear
 from vlp_fast.ops.packing import any_packed
 
@@ -70,11 +70,11 @@ def bind_linear(weight: Tensor, bias: Tensor | None = None, *, gelu: bool = Fals
     What depends on the weight is decided now: whether `packed_weights` holds a copy of it, and who computes. For x ``[rows, in]`` of the
     weight's dtype and device, without a gradient, while the weight is unchanged and the same blocks of `packed_weights` are open.
     """
+    plain = partial(linear_gelu if gelu else linear, weight=weight, bias=bias)
     if weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and runs_directly("torch", weight, bias):
-        product = bound_product(weight, bias, "gelu" if gelu else "none")
-        if product is not None:
-            return product
-    return partial(linear_gelu if gelu else linear, weight=weight, bias=bias)
+        activation = "gelu" if gelu else "none"
+        return bound_turned(weight, bias, activation, bound_product(weight, bias, activation) or plain)
+    return plain
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
