@@ -1,7 +1,7 @@
 """fp32 matrix products on a CPU: the library that the torch backend chooses against PyTorch's own choice.
 
 The forward, the gradient of the rows and that of the weight of a base model's layers, over images of 197 tokens and over captions; and
-words of BLIP. On a processor where both are the same library the ratios are 1.
+words of BLIP; and the forward of a step that writes one word of each caption or beam. Where both are the same library the ratios are 1.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def cases(options: Options) -> Iterator[Entry]:
         for product, operands in PRODUCTS.items():
             title = f"{name}, {product} of {' x '.join(map(str, sizes))}"
             yield from entries("products", title, partial(_operation, sizes, operands, options), options, (FORWARD,))
+    product = "x W^T"
+    for name, rows in ((f"{batch} captions", batch), (f"{3 * batch} beams", 3 * batch)):
+        for layer, widths in (("fc1", (768, 3072)), ("words", (768, smaller(30524, options)))):
+            sizes = (rows, *widths)
+            title = f"a step of {name}, {layer}, {product} of {' x '.join(map(str, sizes))}"
+            operation = partial(_operation, sizes, PRODUCTS[product], options)
+            yield from entries("products", title, operation, options, (FORWARD,))
 
 
 def _operation(

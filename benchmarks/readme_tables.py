@@ -158,6 +158,7 @@ KERNELS = ["cpu-kernels-fp32"]
 CHANGES = ["cpu-changes-bf16"]
 # of an older processor, without AVX-512 and bf16
 AVX2_STEPS, AVX2_MEMORY, AVX2_GENERATION = ["cpu-avx2-steps-fp32"], ["cpu-avx2-memory-fp32"], ["cpu-avx2-generation-fp32"]
+AVX2_EMBED, AVX2_CHANGES = ["cpu-avx2-embed-fp32"], ["cpu-avx2-changes-fp32"]
 
 
 def _steps() -> str:
@@ -184,9 +185,9 @@ def _extra_caption() -> str:
     return f"{table}\n\n{_measured_on('steps', *reports)}"
 
 
-def _embed() -> str:
+def _embed(names: list[str]) -> str:
     """Ours over the peer, at every size and batch."""
-    reports, by_case = [read(name) for name in EMBED], {}
+    reports, by_case = [read(name) for name in names], {}
     for report in reports:
         column = f"{report['stamp']['size']} {report['stamp']['dtype']}"
         for case, found in _cases(report):
@@ -199,8 +200,8 @@ def _embed() -> str:
     return f"{table}\n\nSpeed over the peer, then the same within `packed_weights`. {_measured_on('embed', *reports)}"
 
 
-def _changes() -> str:
-    reports, rows = [read(name) for name in CHANGES], []
+def _changes(names: list[str]) -> str:
+    reports, rows = [read(name) for name in names], []
     for report in reports:
         notes = {line["case"]: line["note"].removeprefix("predicted: ") for line in report["notes"]}
         for case, found in _cases(report):
@@ -237,8 +238,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": _steps,
     "generation": _generation,
     "extra-caption": _extra_caption,
-    "embed": _embed,
-    "changes": _changes,
+    "embed": lambda: _embed(EMBED),
+    "changes": lambda: _changes(CHANGES),
     "scaling": _scaling,
     "all-steps": lambda: _full("steps", STEPS),
     "memory": lambda: _memory(MEMORY),
@@ -246,6 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "avx-two-memory": lambda: _memory(AVX2_MEMORY),
     "avx-two-generation": lambda: _full("generate", AVX2_GENERATION),
     "profile": lambda: _profile("cpu-profile-bf16"),
+    "avx-two-embed": lambda: _embed(AVX2_EMBED),
+    "avx-two-changes": lambda: _changes(AVX2_CHANGES),
     "avx-two-profile": lambda: _profile("cpu-avx2-profile-generation-fp32"),
     "all-generation": lambda: _full("generate", GENERATION),
     "kernels": lambda: _full("kernels", KERNELS),

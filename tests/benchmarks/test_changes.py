@@ -10,6 +10,7 @@ from vlp_fast.benchmarks.registry import Options
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_case_builds_and_undoes_what_it_names(dtype, monkeypatch):
     monkeypatch.setattr(bench_changes._products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(bench_changes._products, "onednn_is_faster_for_few_rows", lambda: True)
     monkeypatch.setattr(bench_changes._attention_bf16, "_products_are_faster", lambda: True)
     options = registry.SUITES["changes"].settled(Options(size="tiny", batch=2, dtype=dtype))
     for entry in registry.cases_of("changes", options):
