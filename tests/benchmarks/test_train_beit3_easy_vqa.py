@@ -12,7 +12,7 @@ def script(benchmark_module):
     return benchmark_module("train_beit3_easy_vqa")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_beit3_pretraining_lowers_its_losses_and_finds_held_out_pairs(script):
     found = script.run(script.Options(tokenizer_steps=400, steps=500, max_words=6), lambda line: None)
     tokenizer, first, last = found["tokenizer"], found["first"], found["last"]

@@ -41,9 +41,17 @@ def test_results_go_to_stdout_in_100_plain_columns():
     ],
 )
 def test_failures_are_one_sentence_on_stderr(arguments, sentence, code):
-    done = run("bench", *arguments)
-    assert done.returncode == code
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    assert isinstance(done.exception, SystemExit)
+    assert done.exit_code == code
     assert sentence in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_process_that_fails_says_so_in_one_sentence():
+    done = run("bench", "--data", "/no/such/place")
+    assert done.returncode == 1
+    assert "there is no file or folder /no/such/place" in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
 

@@ -46,7 +46,7 @@ def test_attention_torch_on_random_graphs_in_float32(device, plan, heads, dropou
 
 
 @pytest.mark.slow
-@settings(max_examples=70, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     plan=plans(9, 3),
     heads=HEADS,

@@ -89,7 +89,7 @@ def test_decode_attention_matches_reference(backend, plan, device, poison):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("head_dim", [16, 72])
+@pytest.mark.parametrize("head_dim", [pytest.param(16, marks=pytest.mark.heavy), 72])
 def test_decode_attention_half_precision(backend, dtype, head_dim, device):
     check(DecodePlan.joint([40, 40], 3, 8, 3, device), backend, heads=6, heads_k=6, head_dim=head_dim, dtype=dtype)
 

@@ -217,7 +217,7 @@ def test_step_names_the_device_of_every_tensor_it_makes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHALLOW)
+@pytest.mark.parametrize("name", ["coca", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("blip", "beit3"))])
 def test_step_with_kernels_makes_nothing_on_the_host_that_was_kept(name):
     step, kept = make(name, backend="triton", **SHALLOW[name]), {}
     inputs = make_inputs(step)
