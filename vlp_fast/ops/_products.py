@@ -112,8 +112,10 @@ def mm(
     if turned or packed is not None or is_for_onednn(a, b.shape[1], with_weight=_by_rows(b.t())):
         if turned:
             result = _turned(a, b.t(), bias)
+        elif packed is not None:
+            result = _linear(a, packed, bias)
         else:
-            result = _onednn(a, b, bias) if packed is None else _linear(a, packed, bias)
+            result = _onednn(a, b, bias)
         if residual is not None:
             return torch.add(result, residual, out=result if out is None else out)
         return result if out is None else out.copy_(result)
@@ -222,8 +224,8 @@ def _is_turned(x: Tensor, weight: Tensor, packed: Tensor | None) -> bool:
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias as the transpose of weight @ x.T: on AVX2 oneDNN reads the first operand as it lies, and reorders the second,
-    here the few rows of x instead of the weight; that is faster than a weight reordered once (`packed_weights`) too."""
-    # of rows that lie apart oneDNN makes, as a second operand, a product a thousand times as slow
+    here the few rows of x instead of the weight."""
+    # rows that lie apart are, as a second operand, by far slower
     product = _linear_pointwise()(weight, x.contiguous(), None, "none", [], "").t()
     out = x.new_empty(product.shape)
     return out.copy_(product) if bias is None else torch.add(product, bias, out=out)
